@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile
@@ -121,8 +121,8 @@ def check_common(args: "Args") -> None:
         ok = all(n > 0 or (zero and n == 0) for n in numbers)  # also false for NaN
         ok = ok and all(n < 2**31 for n in numbers if name not in ("max_grad_norm", "total_timesteps"))
         require(ok and got != (), name, got, f"{'numbers of at least' if zero else 'numbers above'} 0")
-    require(args.gamma <= 1, "gamma", args.gamma, "a number in (0, 1]")
-    require(args.gae_lambda <= 1, "gae_lambda", args.gae_lambda, "a number in [0, 1]")
+    for name in ("gamma", "gae_lambda"):
+        require(getattr(args, name) <= 1, name, getattr(args, name), "a number of at most 1")
     unrolls = args.batch_size * args.num_minibatches
     takes = f"a product that --num-envs ({args.num_envs}) divides: an iteration is whole unrolls"
     require(unrolls % args.num_envs == 0, "--batch-size times --num-minibatches", unrolls, takes)
@@ -132,14 +132,13 @@ def check_common(args: "Args") -> None:
 
 def split_total(total: int) -> tuple[int, ...]:
     """Stage budgets in the paper's proportions."""
-    ends = [total * sum(STAGE_SHARES[:m]) // sum(STAGE_SHARES) for m in range(len(STAGE_SHARES) + 1)]
+    ends = [total * share // sum(STAGE_SHARES) for share in accumulate(STAGE_SHARES, initial=0)]
     return tuple(end - start for start, end in pairwise(ends))
 
 def stage_ends(args: Args) -> list[int]:
     """Iterations done when each stage ends: cumulative budgets, rounded to iterations in integers."""
     size = args.batch_size * args.num_minibatches * args.unroll_length
-    budgets = [sum(args.stage_timesteps[: m + 1]) for m in range(len(args.stage_timesteps))]
-    return [(2 * budget + size) // (2 * size) for budget in budgets]
+    return [(2 * budget + size) // (2 * size) for budget in accumulate(args.stage_timesteps)]
 
 def check(args: Args) -> None:
     """Checks every argument, before anything compiles."""
@@ -186,10 +185,8 @@ def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Ar
     state = strong_types(jax.vmap(env.step)(envs.state, jnp.tanh(u)))
     broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~jnp.isfinite(state.obs).all(-1)
     truncated = broken | (envs.steps + 1 >= args.episode_length)
-
     def reset_done(first: Array, now: Array) -> Array:
         return jnp.where(truncated.reshape(-1, *[1] * (now.ndim - 1)), first, now)
-
     reward, steps = jnp.where(broken, 0.0, state.reward), jnp.where(truncated, 0, envs.steps + 1)
     state = jax.tree.map(reset_done, envs.first, state)
     return envs.replace(state=state, steps=steps), reward, truncated, broken
@@ -246,7 +243,6 @@ class Agent:
     opt: dict[str, Any]  # an Adam state for each
     stats: RunningStats
     decoder: Decoder
-
     def policy(self) -> "Agent":
         return self.replace(params={"encoder": self.params["encoder"]}, opt={})
 
@@ -280,11 +276,9 @@ def velocity(flow: Any, obs: Array, a: Array, t: Array) -> Array:
 def decode(args: Args, decoder: Decoder, obs: Array, latent: Array) -> Array:
     """u = g(s, latent) at raw observations: Euler's method from t = 0 to 1 (Eq. 19)."""
     obs = normalize(decoder.stats, obs)
-
     def euler_step(a: Array, t: Array) -> tuple[Array, None]:
         v = velocity(decoder.flow, obs, a, jnp.broadcast_to(t, a[..., :1].shape))
         return a + v / args.decoder_steps, None
-
     return lax.scan(euler_step, latent, jnp.arange(args.decoder_steps) / args.decoder_steps)[0]
 
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) -> Array:
@@ -308,7 +302,6 @@ def rollout(args: Args, env: MjxEnv, agent: Agent, envs: Envs, key: Array) -> tu
     Returns environments, transitions, the observation after each unroll (U, N, obs_dim), to bootstrap from, u
     (U, T, N, action_dim), for the decoder, and metrics.
     """
-
     def step(envs: Envs, key: Array) -> tuple[Envs, tuple]:
         obs = envs.state.obs
         mean, std = latent_distribution(agent.params["encoder"], normalize(agent.stats, obs))
@@ -316,11 +309,9 @@ def rollout(args: Args, env: MjxEnv, agent: Agent, envs: Envs, key: Array) -> tu
         u, log_prob = decode(args, agent.decoder, obs, latent), norm.logpdf(latent, mean, std).sum(-1)
         envs, reward, truncated, broken = step_envs(args, env, envs, u)
         return envs, (Transitions(obs, latent, log_prob, reward, truncated), u, broken)
-
     def unroll(envs: Envs, key: Array) -> tuple[Envs, tuple]:
         envs, outputs = lax.scan(step, envs, jax.random.split(key, args.unroll_length))
         return envs, (*outputs, envs.state.obs)  # a reset state's after truncation, which is not bootstrapped
-
     keys = jax.random.split(key, args.batch_size * args.num_minibatches // args.num_envs)
     envs, (transitions, u, broken, last_obs) = lax.scan(unroll, envs, keys)
     metrics = {"reward_mean": transitions.reward.mean(), "nan_resets": broken.sum()}
@@ -337,11 +328,9 @@ def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Ar
     """
     going_on = 1.0 - truncated
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
-
     def backward(acc: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
         acc = x[0] + args.gamma * args.gae_lambda * x[1] * acc
         return acc, acc
-
     target = value[:-1] + lax.scan(backward, jnp.zeros_like(value[0]), (delta, going_on), reverse=True)[1]
     next_target = jnp.concatenate([target[1:], value[-1:]])
     return target, (reward + args.gamma * next_target - value[:-1]) * going_on
@@ -374,17 +363,17 @@ def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, coefs:
         "approx_kl": (ratio - 1 - log_ratio).mean(),
         "clip_fraction": (clipped != ratio).mean(),
     }
-    penalty = coefs["kl_coef"] * metrics[f"latent_{args.latent_penalty}"] - args.ent_coef * metrics["entropy"]
-    return metrics["policy_loss"] + args.vf_coef * metrics["value_loss"] + penalty, metrics
+    penalty = coefs["kl_coef"] * metrics[f"latent_{args.latent_penalty}"]
+    loss = metrics["policy_loss"] + args.vf_coef * metrics["value_loss"] - args.ent_coef * metrics["entropy"]
+    return loss + penalty, metrics
 
 # --- shared: update ---
 def update(args: "Args", agent: Any, batch: Any, last_obs: Array, coefs: Any, key: Array) -> tuple[Any, Any]:
-    """`update_epochs` passes over B unrolls, in new minibatches of whole unrolls each time: agent and metrics.
+    """`update_epochs` passes over B unrolls, in new minibatches of whole unrolls each time.
 
     Batch leaves are (B, T, ...), last_obs is (B, obs_dim), observations are normalised.
     """
     adam = optax.adam(args.learning_rate)
-
     def minibatch_step(agent: Any, x: tuple[Array, Array]) -> tuple[Any, dict]:
         rows, key = x
         minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)
@@ -397,12 +386,10 @@ def update(args: "Args", agent: Any, batch: Any, last_obs: Array, coefs: Any, ke
             params[name] = optax.apply_updates(agent.params[name], step)
             metrics[f"grad_norm_{name}"] = optax.global_norm(grad)
         return agent.replace(params=params, opt=opt), metrics
-
     def epoch(agent: Any, key: Array) -> tuple[Any, dict]:
         rows_key, key = jax.random.split(key)
         rows = jax.random.permutation(rows_key, len(last_obs)).reshape(args.num_minibatches, args.batch_size)
         return lax.scan(minibatch_step, agent, (rows, jax.random.split(key, args.num_minibatches)))
-
     agent, metrics = lax.scan(epoch, agent, jax.random.split(key, args.update_epochs))
     return agent, jax.tree.map(jnp.mean, metrics)
 
@@ -412,7 +399,7 @@ def as_unrolls(x: Array) -> Array:
 # --- end shared ---
 
 def record(ring: dict[str, Array], recorded: Array, new: dict[str, Array]) -> tuple[dict, Array]:
-    """Writes steps (U, T, N, ...) over a ring's (C, N, ...) oldest rows; `recorded` rows were ever written."""
+    """Writes steps (U, T, N, ...) over a ring's (C, N, ...) oldest rows; `recorded` counts them all."""
     capacity, steps = len(ring["reward"]), new["reward"].shape[0] * new["reward"].shape[1]
     kept = min(capacity, steps)
     rows = (recorded + steps - kept + jnp.arange(kept)) % capacity
@@ -434,14 +421,12 @@ def decoder_epoch(args: Args, pairs: int, decoder: Decoder, opt: Any, ring: Any,
     rows_key, key = jax.random.split(key)
     batches = pairs // args.decoder_batch_size
     rows = jax.random.permutation(rows_key, pairs)[: batches * args.decoder_batch_size].reshape(batches, -1)
-
     def step(carry: tuple[Any, Any], x: tuple[Array, Array]) -> tuple[tuple[Any, Any], Array]:
         (flow, opt), (rows, key) = carry, x
         batch = normalize(decoder.stats, obs[rows]), u[rows]
         loss, grads = jax.value_and_grad(flow_matching_loss)(flow, *batch, key)
         steps, opt = adam.update(grads, opt)
         return (optax.apply_updates(flow, steps), opt), loss
-
     (flow, opt), losses = lax.scan(step, (decoder.flow, opt), (rows, jax.random.split(key, batches)))
     return decoder.replace(flow=flow), opt, losses.mean()
 
@@ -454,14 +439,12 @@ def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
 
 def evaluate(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array, deterministic: Any) -> Array:
     """Undiscounted returns (eval_envs,) of one episode each; a NaN state ends its episode."""
-
     def step(carry: tuple, key: Array) -> tuple[tuple, None]:
         envs, running, returns = carry
         u = act(args, agent, envs.state.obs, key, deterministic)
         envs, reward, _, broken = step_envs(args, env, envs, u)
         running &= ~broken
         return (envs, running, returns + jnp.where(running, reward, 0.0)), None
-
     start = envs, jnp.ones(args.eval_envs, bool), jnp.zeros(args.eval_envs)
     return lax.scan(step, start, jax.random.split(key, args.episode_length))[0][2]
 # --- end shared ---
@@ -542,13 +525,11 @@ def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
 
 def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """The tree `like`, of shapes and types, from a file, and the file's meta; ValueError if they differ."""
-
     def load(name: tuple, leaf: Any) -> Array:
         array, name = file[keystr(name)], keystr(name)
         if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
             raise ValueError(f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}")
         return jnp.array(array)
-
     with np.load(path, allow_pickle=False) as file:
         return jax.tree.map_with_path(load, like), json.loads(str(file["meta"]))
 
@@ -558,7 +539,7 @@ def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) 
     The action is tanh(u). By default it is the last step's, of the run's first seed; others: ValueError.
     """
     args = load_args(run_dir)
-    files = {int(file.stem.split("_")[1]): file for file in Path(run_dir).glob("checkpoints/policy_*.npz")}
+    files = {int(f.stem.split("_")[1]): f for f in Path(run_dir).glob("checkpoints/policy_*.npz")}
     seeds, seed = range(args.seed, args.seed + args.num_seeds), args.seed if seed is None else seed
     step = max(files, default=-1) if step is None else step
     if step not in files or seed not in seeds:
@@ -567,11 +548,9 @@ def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) 
     init = jax.vmap(partial(init_agent, args, env.observation_size, env.action_size))
     agents, _ = load_arrays(files[step], jax.eval_shape(lambda keys: init(keys).policy(), keys))
     agent, jitted = jax.tree.map(lambda x: x[seeds.index(seed)], agents), jax.jit(partial(act, args))
-
     def policy(obs: Array, key: Array, deterministic: bool = False) -> Array:
         with jax.default_matmul_precision("highest"):
             return jitted(agent, obs, key, deterministic)
-
     return policy
 # --- end shared ---
 
@@ -601,8 +580,8 @@ def train(args: Args, run_dir: Path) -> None:
 
     def evaluation(state: TrainState) -> None:
         r, now = returns(state.agent, 2 * done, deterministic=True), time.time() - start
-        spread = {"return_std": r.std(1), "return_min": r.min(1), "return_max": r.max(1)}
-        row("eval", step=done * size, stage=stage, return_mean=r.mean(1), **spread, wall_time=now)
+        stats = {f"return_{name}": getattr(r, name)(1) for name in ("mean", "std", "min", "max")}
+        row("eval", step=done * size, stage=stage, **stats, wall_time=now)
         text = ", ".join(f"{mean:.1f} +- {std:.1f}" for mean, std in zip(r.mean(1), r.std(1), strict=True))
         bar.write(f"step {done * size:,}, stage {stage}, {now:.0f} s: return {text}")
         bar.set_postfix_str(f"return {r.mean():.1f}")
@@ -612,25 +591,26 @@ def train(args: Args, run_dir: Path) -> None:
         before = returns(state.agent, 2 * done + 1, deterministic=False)
         fresh, ring = init(keys(INIT, stage + 1)), state.ring
         recorded = min(int(state.recorded[0]), ring["reward"].shape[1])
+        pairs = recorded * args.num_envs
         decoder = fresh.decoder if args.decoder_from_scratch else state.agent.decoder
         decoder = decoder.replace(stats=jax.tree.map(jnp.copy, state.agent.stats))
         opt = jax.vmap(optax.adam(args.decoder_learning_rate).init)(decoder.flow)
         for epoch in range(args.decoder_epochs):
             key = keys(DECODER, (stage + 1) * args.decoder_epochs + epoch)
-            decoder, opt, loss = decoder_pass(recorded * args.num_envs, decoder, opt, ring, key)
+            decoder, opt, loss = decoder_pass(pairs, decoder, opt, ring, key)
             row("decoder", stage=stage + 1, epoch=epoch, loss=loss)
             bar.set_postfix_str(f"decoder {stage + 1}, epoch {epoch + 1}/{args.decoder_epochs}")
         agent = start_stage(args, state.agent.replace(decoder=decoder), fresh)
         after = returns(agent, 2 * done + 1, deterministic=False)  # the same initial states and noise
         warmth = {"return_before": before.mean(1), "return_after": after.mean(1)}
-        data = {"pairs": recorded * args.num_envs, "reward_mean": ring["reward"][:, :recorded].mean((1, 2))}
-        row("refine", step=done * size, stage=stage + 1, **data, **warmth)
+        reward = ring["reward"][:, :recorded].mean((1, 2))
+        row("refine", step=done * size, stage=stage + 1, pairs=pairs, reward_mean=reward, **warmth)
         change = f"{before.mean():.1f} before, {after.mean():.1f} after"
         bar.write(f"decoder {stage + 1} trained and encoder reset: stochastic return {change}")
         envs = reset(args.num_envs, keys(RESET, stage + 1))
         return state.replace(agent=agent, envs=envs, recorded=jnp.zeros_like(state.recorded))
 
-    done, stage, start, state = 0, 0, time.time(), None  # done: iterations
+    done, stage, start, state, total = 0, 0, time.time(), None, ends[-1] * size  # done: iterations
     for file in sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True):
         try:
             state, meta = load_arrays(file, jax.eval_shape(begin))
@@ -640,22 +620,20 @@ def train(args: Args, run_dir: Path) -> None:
             print(f"{file}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
     for path in run_dir.glob("*.csv"):  # drops what was written after the checkpoint
         os.truncate(path, meta["bytes"].get(path.name, 0) if state else 0)
-    total = ends[-1] * size
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"{args.exp_name}: {args.env_id}, {total:,} steps, seeds {seeds}; {device}; {run_dir}")
+    device = (config := json.loads((run_dir / "args.json").read_text()))["versions"]["device"]
+    print(f"{args.exp_name}: {args.env_id}, seeds {seeds}, {total:,} steps each; {device}; {run_dir}")
     if jax.default_backend() == "cpu":
         hours = " to ".join(f"{total * len(seeds) / sps / 3600:.1f}" for sps in (5000, 500))
         print(f"On a CPU this takes some {hours} hours; --preset cpu takes about 10 minutes.")
-    wandb_run, every = None, 0.5 if sys.stdout.isatty() else 30.0
+    wandb_run = None
     if args.track:
         import wandb
 
-        names = {"name": run_dir.name, "id": run_dir.name, "project": args.wandb_project_name}
-        config, entity = json.loads((run_dir / "args.json").read_text()), args.wandb_entity
-        wandb_run = wandb.init(**names, entity=entity, config=config, dir=run_dir, resume="allow")
+        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
+        wandb_run = wandb.init(**where, name=run_dir.name, id=run_dir.name, config=config, resume="allow")
     row = partial(log, run_dir, wandb_run, seed=seeds)
-    bar = tqdm(total=total * len(seeds), initial=done * size * len(seeds), unit=" steps", unit_scale=True)
-    bar.fp, bar.mininterval, bar.maxinterval = sys.stdout, every, every
+    look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
+    bar = tqdm(total=total * len(seeds), initial=done * size * len(seeds), file=sys.stdout, **look)
     if state is None:
         state = begin()
         evaluation(state)

@@ -1,0 +1,108 @@
+"""Shared fixtures: a compilation cache for this process and its children, and a physics that compiles at once."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from mujoco_playground import State
+
+import gorl_fm_ppo as gorl
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Compiled programs are kept between sessions; MuJoCo's log file goes to a temporary directory."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "tests"
+    cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield cache
+    os.chdir(before)
+
+
+class PointMass:
+    """A point pushed in the plane. It goes NaN when its fuse is down: in data, observation, reward or done."""
+
+    observation_size, action_size = 3, 2
+
+    def reset(self, key):
+        data = {"x": jax.random.uniform(key, (2,), minval=-1), "fuse": jnp.int32(10**6)}
+        return self.observe(data, 0.0)
+
+    def observe(self, data, done):
+        obs = jnp.append(data["x"], data["x"].sum())
+        return State(data, obs, jnp.exp(-jnp.square(data["x"]).sum()), jnp.float32(done), {}, {})
+
+    def step(self, state, action):
+        fuse = state.data["fuse"] - 1
+        x = jnp.where(fuse == 0, jnp.nan, state.data["x"] + 0.1 * action)
+        return self.observe({"x": x, "fuse": fuse}, jnp.isnan(x).any())
+
+
+class NanReward(PointMass):
+    def step(self, state, action):
+        new = super().step(state, action)
+        reward = jnp.where(jnp.isnan(new.obs[0]), jnp.nan, 1.0)
+        return new.replace(reward=reward, obs=jnp.zeros(3), done=jnp.zeros(()))
+
+
+class NanObs(PointMass):
+    def step(self, state, action):
+        return super().step(state, action).replace(reward=jnp.ones(()), done=jnp.zeros(()))
+
+
+class NanDone(PointMass):
+    def step(self, state, action):
+        return super().step(state, action).replace(reward=jnp.ones(()), obs=jnp.zeros(3))
+
+
+@pytest.fixture
+def point_mass():
+    return PointMass()
+
+
+@pytest.fixture(params=[PointMass, NanReward, NanObs, NanDone])
+def nan_env(request):
+    return request.param()
+
+
+@pytest.fixture(scope="session")
+def make_args():
+    """Arguments small enough to run in milliseconds on a PointMass."""
+
+    def make(**changes):
+        sizes = {"num_envs": 4, "unroll_length": 5, "batch_size": 4, "num_minibatches": 2, "update_epochs": 2}
+        sizes |= {"stage_timesteps": (80, 80, 40, 40), "total_timesteps": 240, "eval_envs": 4}
+        return replace(gorl.Args(), **sizes | {"episode_length": 20} | changes)
+
+    return make
+
+
+def randomize(tree, key, scale):
+    """The tree with noise on every floating leaf: networks and statistics as after some training."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    new = [
+        x + scale * jax.random.normal(k, x.shape) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, new)
+
+
+def trained(agent, key):
+    """An agent with weights, Adam states and statistics (positive variance and count) as after training."""
+    keys, obs_dim = jax.random.split(key, 4), agent.stats.mean.shape
+    stats = gorl.RunningStats(
+        count=jnp.float32(1000),
+        mean=jax.random.normal(keys[0], obs_dim),
+        var=jax.random.uniform(keys[1], obs_dim, minval=0.5, maxval=2.0),
+    )
+    params, opt = randomize(agent.params, keys[2], 0.05), randomize(agent.opt, keys[2], 0.05)
+    opt = jax.tree.map(lambda x: x + 7 if x.dtype == jnp.int32 else x, opt)
+    flow = randomize(agent.decoder.flow, keys[3], 0.1)
+    decoder = gorl.Decoder(flow=flow, stats=stats.replace(mean=stats.mean + 0.5))
+    return agent.replace(params=params, opt=opt, stats=stats, decoder=decoder)
