@@ -1,4 +1,4 @@
-"""Shared fixtures: a compilation cache for this process and its children, and a physics that compiles at once."""
+"""Shared fixtures: a compilation cache for this process and its children, environments that compile fast."""
 
 import os
 from dataclasses import replace
@@ -25,7 +25,7 @@ def compilation_cache(tmp_path_factory):
 
 
 class PointMass:
-    """A point pushed in the plane. It goes NaN when its fuse is down: in data, observation, reward or done."""
+    """A point pushed in the plane; it goes NaN when its fuse is down."""
 
     observation_size, action_size = 3, 2
 
