@@ -3,7 +3,7 @@
     python benchmark/throughput.py --out results/throughput/cheetah.json -- --env-id CheetahRun
 
 What follows `--` are the script's own arguments. All figures come from one process and the same sizes; `sps`
-are environment steps per second of all seeds together. `cold_seconds` trace, compile and run once; with a warm
+What follows `--` are the arguments of the script. All figures are of one process and the same sizes; `sps`
 persistent compilation cache they are mostly tracing.
 """
 
