@@ -59,8 +59,8 @@ class Args:
     seed: int = 1  # the first seed
     num_seeds: int = 1  # seeds seed .. seed + num_seeds - 1 train together in this process
     preset: Literal["paper", "cpu"] = "paper"  # cpu: CheetahRun, all four stages in 10 minutes on 2 cores
-    total_timesteps: int = 180_000_000  # environment steps of a seed, split 2 : 2 : 1 : 1 into stages
     stage_timesteps: tuple[int, ...] = ()  # environment steps of each stage; their sum is then the total
+    total_timesteps: int = 180_000_000  # environment steps of a seed, split 2 : 2 : 1 : 1 into stages
     num_envs: int = 2048  # parallel environments of a seed
     unroll_length: int = 30  # steps between two bootstraps of the return
     batch_size: int = 1024  # unrolls a minibatch
@@ -602,11 +602,10 @@ def train(args: Args, run_dir: Path) -> None:
             bar.set_postfix_str(f"decoder {stage + 1}, epoch {epoch + 1}/{args.decoder_epochs}")
         agent = start_stage(args, state.agent.replace(decoder=decoder), fresh)
         after = returns(agent, 2 * done + 1, deterministic=False)  # the same initial states and noise
-        warmth = {"return_before": before.mean(1), "return_after": after.mean(1)}
-        reward = ring["reward"][:, :recorded].mean((1, 2))
-        row("refine", step=done * size, stage=stage + 1, pairs=pairs, reward_mean=reward, **warmth)
-        change = f"{before.mean():.1f} before, {after.mean():.1f} after"
-        bar.write(f"decoder {stage + 1} trained and encoder reset: stochastic return {change}")
+        data = {"pairs": pairs, "reward_mean": ring["reward"][:, :recorded].mean((1, 2))}
+        data |= {"return_before": before.mean(1), "return_after": after.mean(1)}
+        row("refine", step=done * size, stage=stage + 1, **data)
+        bar.write(f"decoder {stage + 1}: stochastic return {before.mean():.1f} before, {after.mean():.1f} after")
         envs = reset(args.num_envs, keys(RESET, stage + 1))
         return state.replace(agent=agent, envs=envs, recorded=jnp.zeros_like(state.recorded))
 
@@ -620,8 +619,9 @@ def train(args: Args, run_dir: Path) -> None:
             print(f"{file}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
     for path in run_dir.glob("*.csv"):  # drops what was written after the checkpoint
         os.truncate(path, meta["bytes"].get(path.name, 0) if state else 0)
-    device = (config := json.loads((run_dir / "args.json").read_text()))["versions"]["device"]
-    print(f"{args.exp_name}: {args.env_id}, seeds {seeds}, {total:,} steps each; {device}; {run_dir}")
+    config = json.loads((run_dir / "args.json").read_text())
+    what = f"{args.env_id}, seeds {seeds}, {total:,} steps each"
+    print(f"{args.exp_name}: {what}; {config['versions']['device']}; {run_dir}")
     if jax.default_backend() == "cpu":
         hours = " to ".join(f"{total * len(seeds) / sps / 3600:.1f}" for sps in (5000, 500))
         print(f"On a CPU this takes some {hours} hours; --preset cpu takes about 10 minutes.")
@@ -668,14 +668,15 @@ def parse_args() -> Args:
     args = tyro.cli(Args)
     base = load_args(args.resume) if args.resume else replace(Args(), **PRESETS[args.preset])
     base = replace(base, resume=args.resume, preset=base.preset if args.resume else args.preset)
-    # -1 stands for "not given": budgets are checked against each other, and may grow on resuming.
-    given = tyro.cli(Args, default=replace(base, total_timesteps=-1, stage_timesteps=(-1,)))
+    unset = -(2**63)  # not given: budgets are checked against each other, and may grow on resuming
+    given = tyro.cli(Args, default=replace(base, total_timesteps=unset, stage_timesteps=(unset,)))
     old, stages, total = base.stage_timesteps, given.stage_timesteps, given.total_timesteps
-    if stages == (-1,) and args.resume:
+    if stages == (unset,) and args.resume:
         stages = (*old[:-1], old[-1] + max(0, total - sum(old)))
-    elif stages == (-1,):
-        stages = split_total(base.total_timesteps if total == -1 else total)
-    require(total in (-1, sum(stages)), "total_timesteps", total, f"the sum of the stages, {sum(stages)}")
+    elif stages == (unset,):
+        stages = split_total(base.total_timesteps if total == unset else total)
+    ok, takes = total == unset or 0 < total == sum(stages), "a number above 0, the sum of --stage-timesteps"
+    require(ok, "total_timesteps", total, f"{takes} if given ({sum(stages)})")
     args = replace(given, stage_timesteps=stages, total_timesteps=sum(stages))
     for name, stored in asdict(base).items() if args.resume else ():
         ok = getattr(args, name) == stored or name.startswith(("track", "wandb", "checkpoint", "total"))

@@ -102,7 +102,7 @@ def trained(agent, key):
         var=jax.random.uniform(keys[1], obs_dim, minval=0.5, maxval=2.0),
     )
     params, opt = randomize(agent.params, keys[2], 0.05), randomize(agent.opt, keys[2], 0.05)
-    opt = jax.tree.map(lambda x: x + 7 if x.dtype == jnp.int32 else x, opt)
+    opt = jax.tree.map(lambda x: x + 7 if x.dtype == jnp.int32 else jnp.abs(x), opt)
     flow = randomize(agent.decoder.flow, keys[3], 0.1)
     decoder = gorl.Decoder(flow=flow, stats=stats.replace(mean=stats.mean + 0.5))
     return agent.replace(params=params, opt=opt, stats=stats, decoder=decoder)

@@ -1,4 +1,4 @@
-"""The decoder: identity at first, flow matching's loss and fixed point, what it reads and what it does not."""
+"""The decoder: identity at first, flow matching's loss and optimum, what it reads and what it does not."""
 
 from functools import partial
 
