@@ -30,13 +30,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +71,8 @@ class Args:
     reward_scale: float = 10.0  # factor on the rewards that the critic sees
     vf_coef: float = 0.25  # weight of the critic's mean squared error
     ent_coef: float = 0.01  # weight of the latent policy's entropy
-    clip_eps: tuple[float, ...] = (0.15, 0.3)  # PPO's clip range, one or one a stage (the last repeats)
-    max_grad_norm: tuple[float, ...] = (0.5, 1.0)  # of encoder and critic jointly, likewise; inf for none
+    clip_eps: tuple[float, ...] = (0.15, 0.3)  # PPO's clip range, of each stage (the last repeats)
+    max_grad_norm: tuple[float, ...] = (0.5, 1.0)  # of all gradients jointly, likewise; inf for none
     kl_coef: tuple[float, ...] = (1e-3,)  # beta of Eq. 3, likewise
     latent_penalty: Literal["kl", "l2"] = "kl"  # Eq. 3's KL, or App. E.4's L2 on mean and log-scale
     reinit_critic: bool = False  # restart critic and observation statistics, too, at each stage
@@ -96,12 +95,9 @@ class Args:
     wandb_entity: str | None = None  # Weights & Biases user or team
 
 STAGE_SHARES = (2, 2, 1, 1)  # of the total: 60M, 60M, 30M, 30M steps (App. E.4)
-PRESETS = {
-    "paper": {},
-    "cpu": dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
-                num_minibatches=16, update_epochs=8, eval_every=200_000, decoder_epochs=10,
-                decoder_batch_size=1024, decoder_buffer_size=100_000),
-}  # fmt: skip
+CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
+                  num_minibatches=16, update_epochs=8, eval_every=200_000, decoder_epochs=10,
+                  decoder_batch_size=1024, decoder_buffer_size=100_000)  # fmt: skip
 
 # --- shared: argument checks ---
 def require(ok: bool, argument: str, got: Any, takes: str) -> None:
@@ -113,21 +109,21 @@ def require(ok: bool, argument: str, got: Any, takes: str) -> None:
 
 def check_common(args: "Args") -> None:
     """Checks the arguments that all scripts have, before any device is touched."""
-    tasks = ", ".join(sorted(dm_control_suite.ALL_ENVS))
-    require(args.env_id in dm_control_suite.ALL_ENVS, "env_id", args.env_id, f"one of {tasks}")
+    # Playground 0.2 builds the Reacher with a function that MuJoCo 3.17 no longer has.
+    tasks = sorted(task for task in dm_control_suite.ALL_ENVS if "Reacher" not in task)
+    require(args.env_id in tasks, "env_id", args.env_id, f"one of {', '.join(tasks)}")
     for name, got in asdict(args).items():
         numbers = got if isinstance(got, tuple) else [got] if type(got) in (int, float) else []
         zero = name in ("seed", "gae_lambda", "vf_coef", "ent_coef", "kl_coef")
         ok = all(n > 0 or (zero and n == 0) for n in numbers)  # also false for NaN
-        ok = ok and all(n < 2**31 for n in numbers if name not in ("max_grad_norm", "total_timesteps"))
-        require(ok and got != (), name, got, f"{'numbers of at least' if zero else 'numbers above'} 0")
+        ok = ok and all(n < 2**31 for n in numbers if name != "max_grad_norm") and got != ()
+        require(ok, name, got, f"{'numbers of at least' if zero else 'numbers above'} 0, below 2^31")
     for name in ("gamma", "gae_lambda"):
         require(getattr(args, name) <= 1, name, getattr(args, name), "a number of at most 1")
     unrolls = args.batch_size * args.num_minibatches
     takes = f"a product that --num-envs ({args.num_envs}) divides: an iteration is whole unrolls"
     require(unrolls % args.num_envs == 0, "--batch-size times --num-minibatches", unrolls, takes)
-    ok = args.exp_name not in ("", ".", "..") and "/" not in args.exp_name
-    require(ok, "exp_name", repr(args.exp_name), "a name without slashes")
+    require("/" not in args.exp_name, "exp_name", args.exp_name, "a name without slashes")
 # --- end shared ---
 
 def split_total(total: int) -> tuple[int, ...]:
@@ -149,15 +145,14 @@ def check(args: Args) -> None:
         takes = f"at least one iteration, {size} steps, a stage (a lower --batch-size makes it shorter)"
         require(end > start, name, f"{stages[m]} steps for stage {m}", takes)
         pairs = min((end - start) * size, args.decoder_buffer_size // args.num_envs * args.num_envs)
-        takes = f"at least --num-envs, {args.num_envs}"
-        require(pairs > 0, "decoder_buffer_size", args.decoder_buffer_size, takes)
+        require(pairs > 0, "decoder_buffer_size", args.decoder_buffer_size, f"at least {args.num_envs}")
         ok, takes = args.decoder_batch_size <= pairs, f"at most the {pairs} pairs that stage {m} records"
         require(ok or m == len(stages) - 1, "decoder_batch_size", args.decoder_batch_size, takes)
 
 # --- shared: environment, statistics, networks ---
 @struct.dataclass
 class Envs:
-    """A batch of environments, and the states they are reset to; every leaf leads with (N,)."""
+    """Environments, and the states they are reset to; leaves are (N, ...), Warp's contacts excepted."""
     state: State
     first: State
     steps: Array  # control steps since the last reset
@@ -186,7 +181,8 @@ def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Ar
     broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~jnp.isfinite(state.obs).all(-1)
     truncated = broken | (envs.steps + 1 >= args.episode_length)
     def reset_done(first: Array, now: Array) -> Array:
-        return jnp.where(truncated.reshape(-1, *[1] * (now.ndim - 1)), first, now)
+        done = truncated.reshape(-1, *[1] * (now.ndim - 1))
+        return jnp.where(done, first, now) if now.shape[:1] == truncated.shape else now
     reward, steps = jnp.where(broken, 0.0, state.reward), jnp.where(truncated, 0, envs.steps + 1)
     state = jax.tree.map(reset_done, envs.first, state)
     return envs.replace(state=state, steps=steps), reward, truncated, broken
@@ -204,9 +200,9 @@ def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
     The old variance keeps its share of the total count. Were it dropped, the standard deviation would
     shrink with every batch, and normalised observations would grow without bound.
     """
-    size, obs_dim = obs.size // obs.shape[-1], obs.shape[-1]
-    mean = obs.mean(-2).reshape(-1, obs_dim).mean(0)  # in two stages, against float32's rounding
-    var = jnp.square(obs - mean).mean(-2).reshape(-1, obs_dim).mean(0)
+    axes, size = tuple(range(obs.ndim - 2)), obs.size // obs.shape[-1]
+    mean = obs.mean(-2).mean(axes)  # in two stages, against float32's rounding
+    var = jnp.square(obs - mean).mean(-2).mean(axes)
     count, delta = stats.count + size, mean - stats.mean
     share = size / count
     var = stats.var + share * (var - stats.var + (1 - share) * jnp.square(delta))
@@ -347,7 +343,6 @@ def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, coefs:
     target, advantage = gae(args, reward, truncated, lax.stop_gradient(value))
     error = target - value[:-1]
     advantage = ((advantage - advantage.mean()) / (advantage.std() + 1e-8)).T
-
     mean, std = latent_distribution(params["encoder"], batch.obs)
     log_ratio = norm.logpdf(batch.latent, mean, std).sum(-1) - batch.log_prob
     ratio, log_std = jnp.exp(log_ratio), jnp.log(std)
@@ -407,10 +402,9 @@ def record(ring: dict[str, Array], recorded: Array, new: dict[str, Array]) -> tu
     return {name: ring[name].at[rows].set(new[name], unique_indices=True) for name in ring}, recorded + steps
 
 def flow_matching_loss(flow: Any, obs: Array, u: Array, key: Array) -> Array:
-    """Conditional flow matching (Eq. 6, 18, 20) from fresh noise; obs (batch, obs_dim) normalised, u raw."""
+    """Conditional flow matching (Eq. 6, 18, 20) from fresh noise, 8 draws a pair; obs normalised."""
     tau_key, noise_key = jax.random.split(key)
-    tau = jax.random.uniform(tau_key, (8, len(u), 1))  # 8 draws a sample
-    noise = jax.random.normal(noise_key, (8, *u.shape))
+    tau, noise = jax.random.uniform(tau_key, (8, len(u), 1)), jax.random.normal(noise_key, (8, *u.shape))
     v = velocity(flow, jnp.broadcast_to(obs, (8, *obs.shape)), (1 - tau) * noise + tau * u, tau)
     return jnp.square(v - (u - noise)).sum(-1).mean()
 
@@ -479,29 +473,30 @@ def make_run_dir(args: "Args") -> Path:
             run_dir = Path(args.runs_dir) / (name if n == 1 else f"{name}-{n}")
             (run_dir / "checkpoints").mkdir(parents=True)
             return run_dir
-        except FileExistsError:
-            n += 1
         except OSError as error:
-            require(False, "runs_dir", f"{args.runs_dir} ({error.strerror})", "a directory to write to")
+            problem = f"{args.runs_dir} ({error.strerror})"
+            require(os.path.exists(run_dir), "runs_dir", problem, "a directory to write to")
+            n += 1
 
 def write_args(args: "Args", run_dir: Path) -> None:
     """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
-    failed, commit = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
+    failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "mujoco", "mujoco-mjx", "playground", "warp-lang")
     versions = {package: version(package) for package in packages} | {"python": sys.version.split()[0]}
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    versions |= {"device": device, "git_commit": None if failed else commit}
-    (run_dir / "args.json").write_text(json.dumps(asdict(args) | {"versions": versions}, indent=1))
+    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit}
+    versions["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    (aside := run_dir / "args.tmp").write_text(json.dumps(asdict(args) | {"versions": versions}, indent=1))
+    aside.replace(run_dir / "args.json")
 
 def load_args(run_dir: str) -> "Args":
+    """The arguments of a run of this script; ValueError if there are none."""
     try:
         stored = json.loads((Path(run_dir) / "args.json").read_text())
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k != "versions"}
-    except (OSError, ValueError, AttributeError):
-        stored = {}
-    ok = set(stored) == {field.name for field in fields(Args)}
-    require(ok, "resume", run_dir, f"a run directory of {Path(__file__).name}, with its args.json")
-    return Args(**stored)
+        if stored.pop("versions")["script"] == Path(__file__).name:
+            return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        pass
+    raise ValueError(f"a run of {Path(__file__).name}, with its args.json")
 
 def log(run_dir: Path, wandb_run: Any, name: str, **columns: Any) -> None:
     """Appends a row for each seed to a CSV file, and to Weights & Biases; arrays lead with the seeds."""
@@ -512,7 +507,8 @@ def log(run_dir: Path, wandb_run: Any, name: str, **columns: Any) -> None:
         file.writelines(",".join(line) + "\n" for line in (lines if file.tell() else [columns, *lines]))
     if wandb_run:
         cells = [(k, seed, v[i]) for k, v in columns.items() for i, seed in enumerate(columns["seed"])]
-        wandb_run.log({f"{name}/{k}/seed_{seed}": v for k, seed, v in cells})
+        step = {"step": columns["step"][0]} if "step" in columns else {}
+        wandb_run.log({f"{name}/{k}/seed_{seed}": v for k, seed, v in cells if k != "seed"} | step)
 
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
     """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
@@ -541,7 +537,7 @@ def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) 
     args = load_args(run_dir)
     files = {int(f.stem.split("_")[1]): f for f in Path(run_dir).glob("checkpoints/policy_*.npz")}
     seeds, seed = range(args.seed, args.seed + args.num_seeds), args.seed if seed is None else seed
-    step = max(files, default=-1) if step is None else step
+    step = max(files, default=None) if step is None else step
     if step not in files or seed not in seeds:
         raise ValueError(f"{run_dir} has no step {step}, seed {seed}, but steps {sorted(files)}, {seeds}")
     env, keys = make_env(args), jnp.zeros((len(seeds), 2), jnp.uint32)
@@ -566,18 +562,15 @@ def train(args: Args, run_dir: Path) -> None:
     reset = jax.jit(lambda n, keys: jax.vmap(partial(reset_envs, env, n))(keys), static_argnums=0)
     decoder_pass = jax.jit(lambda n, *x: jax.vmap(partial(decoder_epoch, args, n))(*x), static_argnums=0)
     keys = partial(jax.jit(jax.vmap(derive_key, in_axes=(0, None, None))), seed_keys)
-
     def begin() -> TrainState:
         shapes = {"obs": (env.observation_size,), "u": (env.action_size,), "reward": ()}
         rows = (len(seeds), args.decoder_buffer_size // args.num_envs, args.num_envs)
         ring = {name: jnp.zeros(rows + shape) for name, shape in shapes.items()}
         envs = reset(args.num_envs, keys(RESET, 0))
         return TrainState(init(keys(INIT, 0)), envs, ring, jnp.zeros(len(seeds), jnp.int32))
-
     def returns(agent: Agent, index: int, deterministic: bool) -> np.ndarray:
         envs = reset(args.eval_envs, keys(EVAL_RESET, index))
         return np.asarray(episodes(agent, envs, keys(EVAL_ACT, index), deterministic))
-
     def evaluation(state: TrainState) -> None:
         r, now = returns(state.agent, 2 * done, deterministic=True), time.time() - start
         stats = {f"return_{name}": getattr(r, name)(1) for name in ("mean", "std", "min", "max")}
@@ -585,7 +578,6 @@ def train(args: Args, run_dir: Path) -> None:
         text = ", ".join(f"{mean:.1f} +- {std:.1f}" for mean, std in zip(r.mean(1), r.std(1), strict=True))
         bar.write(f"step {done * size:,}, stage {stage}, {now:.0f} s: return {text}")
         bar.set_postfix_str(f"return {r.mean():.1f}")
-
     def refine(state: TrainState) -> TrainState:
         """Phase 2 of Algorithm 1, after a stage, and the re-initialisation that begins the next."""
         before = returns(state.agent, 2 * done + 1, deterministic=False)
@@ -605,39 +597,40 @@ def train(args: Args, run_dir: Path) -> None:
         data = {"pairs": pairs, "reward_mean": ring["reward"][:, :recorded].mean((1, 2))}
         data |= {"return_before": before.mean(1), "return_after": after.mean(1)}
         row("refine", step=done * size, stage=stage + 1, **data)
-        bar.write(f"decoder {stage + 1}: stochastic return {before.mean():.1f} before, {after.mean():.1f} after")
+        change = f"{before.mean():.1f} before, {after.mean():.1f} after"
+        bar.write(f"decoder {stage + 1}: stochastic return {change}")
         envs = reset(args.num_envs, keys(RESET, stage + 1))
         return state.replace(agent=agent, envs=envs, recorded=jnp.zeros_like(state.recorded))
-
-    done, stage, start, state, total = 0, 0, time.time(), None, ends[-1] * size  # done: iterations
-    for file in sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True):
+    done, stage, state, total = 0, 0, None, ends[-1] * size  # done: iterations
+    start = saved_at = time.time()
+    files = sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)
+    for file in files:
         try:
             state, meta = load_arrays(file, jax.eval_shape(begin))
             done, stage, start = meta["done"], meta["stage"], start - meta["wall_time"]
             break
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except Exception as error:
             print(f"{file}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
+    require(state is not None or not files, "resume", run_dir, "a run with a checkpoint that can be read")
     for path in run_dir.glob("*.csv"):  # drops what was written after the checkpoint
-        os.truncate(path, meta["bytes"].get(path.name, 0) if state else 0)
+        os.truncate(path, min(path.stat().st_size, meta["bytes"].get(path.name, 0)) if state else 0)
     config = json.loads((run_dir / "args.json").read_text())
-    what = f"{args.env_id}, seeds {seeds}, {total:,} steps each"
-    print(f"{args.exp_name}: {what}; {config['versions']['device']}; {run_dir}")
-    if jax.default_backend() == "cpu":
-        hours = " to ".join(f"{total * len(seeds) / sps / 3600:.1f}" for sps in (5000, 500))
-        print(f"On a CPU this takes some {hours} hours; --preset cpu takes about 10 minutes.")
+    print(f"{args.env_id}, seeds {seeds}: {total:,} steps each on {config['versions']['device']}; {run_dir}")
+    if jax.default_backend() == "cpu" and args.preset != "cpu":
+        hours = " to ".join(f"{(total - done * size) * len(seeds) / sps / 3600:.0f}" for sps in (5000, 1000))
+        print(f"On a CPU this takes some {hours} hours. --preset cpu shows all stages in about 10 minutes.")
     wandb_run = None
     if args.track:
         import wandb
-
         where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
         wandb_run = wandb.init(**where, name=run_dir.name, id=run_dir.name, config=config, resume="allow")
+        wandb_run.define_metric("*", step_metric="step")
     row = partial(log, run_dir, wandb_run, seed=seeds)
     look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
     bar = tqdm(total=total * len(seeds), initial=done * size * len(seeds), file=sys.stdout, **look)
     if state is None:
         state = begin()
         evaluation(state)
-    saved_at = time.time()
     while done < ends[-1]:
         if done == ends[stage]:
             state, stage = refine(state), stage + 1
@@ -656,9 +649,10 @@ def train(args: Args, run_dir: Path) -> None:
         if evaluated or time.time() - saved_at > 60 * args.checkpoint_minutes:
             meta = {"done": done, "stage": stage, "wall_time": time.time() - start}
             meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
-            save_arrays(run_dir / "checkpoints" / f"state_{step:012}.npz", state, **meta)
-            for file in sorted(run_dir.glob("checkpoints/state_*.npz"))[:-2]:
-                file.unlink()
+            save_arrays(file := run_dir / "checkpoints" / f"state_{step:012}.npz", state, **meta)
+            files = [f for f in sorted(run_dir.glob("checkpoints/state_*.npz")) if f.name <= file.name]
+            for old in files[:-2]:  # a damaged one may be newer
+                old.unlink()
             saved_at = time.time()
     bar.close()
     print(f"finished: {total:,} steps a seed in {time.time() - start:.0f} s; see {run_dir}")
@@ -666,8 +660,11 @@ def train(args: Args, run_dir: Path) -> None:
 def parse_args() -> Args:
     """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
     args = tyro.cli(Args)
-    base = load_args(args.resume) if args.resume else replace(Args(), **PRESETS[args.preset])
-    base = replace(base, resume=args.resume, preset=base.preset if args.resume else args.preset)
+    try:
+        base = Args(preset=args.preset) if args.resume is None else load_args(args.resume)
+    except ValueError as error:
+        require(False, "resume", args.resume, error)
+    base = replace(base, **CPU_PRESET if args.preset == "cpu" and not args.resume else {}, resume=args.resume)
     unset = -(2**63)  # not given: budgets are checked against each other, and may grow on resuming
     given = tyro.cli(Args, default=replace(base, total_timesteps=unset, stage_timesteps=(unset,)))
     old, stages, total = base.stage_timesteps, given.stage_timesteps, given.total_timesteps
@@ -693,6 +690,7 @@ def main() -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+    require(os.access(run_dir, os.W_OK), "resume", run_dir, "a directory to write to")
     write_args(args, run_dir)
     with jax.default_matmul_precision("highest"):  # physics wants full float32, and GPUs default to less
         train(args, run_dir)

@@ -85,13 +85,14 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-    "argument", [*BAD, "gamma 0", "total -1", "stages empty", "stages against total", "default total"]
+    [*BAD, "gamma 0", "total -1", "no resume", "stages empty", "stages against total", "default total"],
 )
 def test_wrong_arguments(argument, monkeypatch, capsys):
     """Otherwise a typo costs a compilation, or a day, and ends in a traceback."""
     more = {
         "gamma 0": "--gamma 0",
         "total -1": "--total-timesteps -1",
+        "no resume": "--resume=",
         "stages empty": "--stage-timesteps",
         "stages against total": "--stage-timesteps 60000000 60000000 --total-timesteps 70000000",
         "default total": "--stage-timesteps 60000000 60000000 --total-timesteps 180000000",
@@ -101,7 +102,7 @@ def test_wrong_arguments(argument, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         gorl.check(gorl.parse_args())
     error = capsys.readouterr().err
-    names = {"gamma 0": "gamma", "stages empty": "stage-timesteps"}
+    names = {"gamma 0": "gamma", "stages empty": "stage-timesteps", "no resume": "resume"}
     name = names.get(argument, "total-timesteps" if " " in argument else argument)
     assert stopped.value.code == 2 and f"--{name}" in error and error.count("\n") == 1
 
