@@ -17,7 +17,7 @@ Axes in comments: K seeds, N environments, U unrolls of an environment in an ite
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "jax==0.10.2; python_version < '3.12'", "jax==0.12.0.1; python_version >= '3.12'",
+#   "jax==0.10.1; python_version < '3.12'", "jax==0.12.0.1; python_version >= '3.12'",
 #   "flax==0.12.8; python_version < '3.12'", "flax==0.12.12; python_version >= '3.12'",
 #   "optax==0.2.8", "playground==0.2.0", "mujoco==3.17.0", "mujoco-mjx==3.17.0", "warp-lang==1.19.0",
 #   "tyro==1.0.17", "tqdm==4.70.1", "wandb==0.31.0",
