@@ -85,6 +85,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(
+    "argument",
     [*BAD, "gamma 0", "total -1", "no resume", "stages empty", "stages against total", "default total"],
 )
 def test_wrong_arguments(argument, monkeypatch, capsys):
