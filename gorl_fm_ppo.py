@@ -374,12 +374,12 @@ def update(args: "Args", agent: Any, batch: Any, last_obs: Array, coefs: Any, ke
         minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)
         loss = partial(loss_fn, args=args, batch=minibatch, last_obs=last_obs[rows], coefs=coefs, key=key)
         grads, metrics = jax.grad(loss, has_aux=True)(agent.params)
-        scale = jnp.minimum(1.0, coefs["max_grad_norm"] / (optax.global_norm(grads) + 1e-8))
+        scale = jnp.minimum(1.0, coefs["max_grad_norm"] / (optax.tree.norm(grads) + 1e-8))
         params, opt = {}, {}
         for name, grad in grads.items():
             step, opt[name] = adam.update(jax.tree.map(lambda g: scale * g, grad), agent.opt[name])
             params[name] = optax.apply_updates(agent.params[name], step)
-            metrics[f"grad_norm_{name}"] = optax.global_norm(grad)
+            metrics[f"grad_norm_{name}"] = optax.tree.norm(grad)
         return agent.replace(params=params, opt=opt), metrics
     def epoch(agent: Any, key: Array) -> tuple[Any, dict]:
         rows_key, key = jax.random.split(key)

@@ -11,6 +11,9 @@ from mujoco_playground import State
 
 import gorl_fm_ppo as gorl
 
+# Half the compilation time; read when the first array is made, and by child processes.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
