@@ -499,16 +499,17 @@ def test_every_unroll_is_used_once_an_epoch(make_args, monkeypatch):
 )
 def test_ring_keeps_the_latest_steps(capacity, unrolls, steps):
     """Otherwise the decoder trains on old or never written pairs, or on observations with another's u."""
-    envs, size = 3, unrolls * steps
+    envs = 3
     ring = {"obs": jnp.zeros((capacity, envs, 2)), "u": jnp.zeros((capacity, envs, 1))}
     ring["reward"] = jnp.zeros((capacity, envs))
     recorded, model, write = jnp.int32(0), deque(maxlen=capacity), jax.jit(gorl.record)
     for i in range(7):
-        x = labels(unrolls, steps, envs) + size * i + 1.0
+        before = int(recorded)
+        x = labels(1 if i % 3 == 2 else unrolls, steps, envs) + before + 1.0
         new = {"obs": np.stack([x, x + 0.5], axis=-1), "u": -x[..., None], "reward": 2 * x}
-        model.extend(x.reshape(size, envs))
+        model.extend(x.reshape(-1, envs))
         ring, recorded = write(ring, recorded, jax.tree.map(lambda a: jnp.array(a, jnp.float32), new))
-        assert recorded == size * (i + 1)
+        assert recorded == before + x[..., 0].size
         valid = ring["obs"][: min(int(recorded), capacity), :, 0]
         np.testing.assert_array_equal(np.sort(valid, axis=0), np.array(model))
         assert (ring["obs"][: len(model), :, 1] == valid + 0.5).all()
