@@ -29,11 +29,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +44,6 @@ import tyro
 from flax import struct
 from jax import Array, lax
 from jax.scipy.stats import norm
-from jax.tree_util import keystr
 from mujoco_playground import MjxEnv, State, dm_control_suite
 from tqdm import tqdm
 
@@ -72,7 +70,7 @@ class Args:
     vf_coef: float = 0.25  # weight of the critic's mean squared error
     ent_coef: float = 0.01  # weight of the latent policy's entropy
     clip_eps: tuple[float, ...] = (0.15, 0.3)  # PPO's clip range, of each stage (the last repeats)
-    max_grad_norm: tuple[float, ...] = (0.5, 1.0)  # of all gradients jointly, likewise; inf for none
+    max_grad_norm: tuple[float, ...] = (0.5, 1.0)  # of all gradients jointly, likewise; 0 for none
     kl_coef: tuple[float, ...] = (1e-3,)  # beta of Eq. 3, likewise
     latent_penalty: Literal["kl", "l2"] = "kl"  # Eq. 3's KL, or App. E.4's L2 on mean and log-scale
     reinit_critic: bool = False  # restart critic and observation statistics, too, at each stage
@@ -94,7 +92,7 @@ class Args:
     wandb_project_name: str = "gorl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases user or team
 
-STAGE_SHARES = (2, 2, 1, 1)  # of the total: 60M, 60M, 30M, 30M steps (App. E.4)
+STAGE_COEFFICIENTS = ("clip_eps", "max_grad_norm", "kl_coef")
 CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
                   num_minibatches=16, update_epochs=8, eval_every=200_000, decoder_epochs=10,
                   decoder_batch_size=1024, decoder_buffer_size=100_000)  # fmt: skip
@@ -114,9 +112,9 @@ def check_common(args: "Args") -> None:
     require(args.env_id in tasks, "env_id", args.env_id, f"one of {', '.join(tasks)}")
     for name, got in asdict(args).items():
         numbers = got if isinstance(got, tuple) else [got] if type(got) in (int, float) else []
-        zero = name in ("seed", "gae_lambda", "vf_coef", "ent_coef", "kl_coef")
+        zero = name in ("seed", "gae_lambda", "vf_coef", "ent_coef", "kl_coef", "max_grad_norm")
         ok = all(n > 0 or (zero and n == 0) for n in numbers)  # also false for NaN
-        ok = ok and all(n < 2**31 for n in numbers if name != "max_grad_norm") and got != ()
+        ok = ok and all(n < 2**31 for n in numbers) and got != ()
         require(ok, name, got, f"{'numbers of at least' if zero else 'numbers above'} 0, below 2^31")
     for name in ("gamma", "gae_lambda"):
         require(getattr(args, name) <= 1, name, getattr(args, name), "a number of at most 1")
@@ -127,9 +125,8 @@ def check_common(args: "Args") -> None:
 # --- end shared ---
 
 def split_total(total: int) -> tuple[int, ...]:
-    """Stage budgets in the paper's proportions."""
-    ends = [total * share // sum(STAGE_SHARES) for share in accumulate(STAGE_SHARES, initial=0)]
-    return tuple(end - start for start, end in pairwise(ends))
+    """Stage budgets in the proportions of App. E.4's 60M, 60M, 30M and 30M steps."""
+    return tuple(end - start for start, end in pairwise(total * sixths // 6 for sixths in (0, 2, 4, 5, 6)))
 
 def stage_ends(args: Args) -> list[int]:
     """Iterations done when each stage ends: cumulative budgets, rounded to iterations in integers."""
@@ -195,16 +192,13 @@ class RunningStats:
     var: Array
 
 def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
-    """Adds observations (..., obs_dim): Chan et al. (1979), in variances instead of sums of squares.
-
-    The old variance keeps its share of the total count. Were it dropped, the standard deviation would
-    shrink with every batch, and normalised observations would grow without bound.
-    """
+    """Adds observations (..., obs_dim): Chan et al. (1979), in variances instead of sums of squares."""
     axes, size = tuple(range(obs.ndim - 2)), obs.size // obs.shape[-1]
     mean = obs.mean(-2).mean(axes)  # in two stages, against float32's rounding
     var = jnp.square(obs - mean).mean(-2).mean(axes)
     count, delta = stats.count + size, mean - stats.mean
     share = size / count
+    # Without the old variance's share, the std would shrink with every batch, and normalised inputs grow.
     var = stats.var + share * (var - stats.var + (1 - share) * jnp.square(delta))
     return RunningStats(count=count, mean=stats.mean + share * delta, var=var)
 
@@ -227,18 +221,12 @@ def mlp(layers: list[dict[str, Array]], x: Array) -> Array:
 # --- end shared ---
 
 @struct.dataclass
-class Decoder:
-    """The map g. The observation statistics are its own, of when it was trained: it must not move after."""
-    flow: Any
-    stats: RunningStats
-
-@struct.dataclass
 class Agent:
     """One seed's networks, or all seeds' with axes (K,) in front. A policy lacks critic and Adam states."""
     params: dict[str, Any]  # "encoder", "critic"
     opt: dict[str, Any]  # an Adam state for each
     stats: RunningStats
-    decoder: Decoder
+    decoder: dict[str, Any]  # "net", and its own "stats", of when it was trained: it must not move after
     def policy(self) -> "Agent":
         return self.replace(params={"encoder": self.params["encoder"]}, opt={})
 
@@ -248,9 +236,9 @@ def init_agent(args: Args, obs_dim: int, action_dim: int, key: Array) -> Agent:
     encoder = init_mlp(encoder_key, (obs_dim, 32, 32, 32, 32, 2 * action_dim), zero_last=True)
     params = {"encoder": encoder, "critic": init_mlp(critic_key, (obs_dim, 256, 256, 256, 256, 256, 1))}
     opt = {name: optax.adam(args.learning_rate).init(layers) for name, layers in params.items()}
-    flow = init_mlp(decoder_key, (obs_dim + action_dim + 8, 64, 64, 64, 64, action_dim), zero_last=True)
+    net = init_mlp(decoder_key, (obs_dim + action_dim + 8, 64, 64, 64, 64, action_dim), zero_last=True)
     stats = RunningStats(count=jnp.zeros(()), mean=jnp.zeros(obs_dim), var=jnp.ones(obs_dim))
-    return Agent(params=params, opt=opt, stats=stats, decoder=Decoder(flow=flow, stats=stats))
+    return Agent(params=params, opt=opt, stats=stats, decoder={"net": net, "stats": stats})
 
 def start_stage(args: Args, agent: Agent, fresh: Agent) -> Agent:
     """Encoder and its Adam state start afresh, at N(0, I) (section 3.2); critic and statistics carry on."""
@@ -264,65 +252,60 @@ def latent_distribution(encoder: Any, obs: Array) -> tuple[Array, Array]:
     mean, raw = jnp.split(mlp(encoder, obs), 2, axis=-1)
     return mean, jnp.clip(jax.nn.softplus(raw + np.log(np.e - 1)), 1e-3, 10.0)  # of output 0: N(0, I)
 
-def velocity(flow: Any, obs: Array, a: Array, t: Array) -> Array:
-    """v(a_t, t, s) (App. C.2) at normalised observations; a (..., action_dim), t (..., 1)."""
+def velocity(net: Any, obs: Array, a: Array, t: Array) -> Array:
+    """v(a_t, t, s) (App. C) at normalised observations; a (..., action_dim), t (..., 1) in [0, 1]."""
     angles = t * 2.0 ** jnp.arange(4)
-    return mlp(flow, jnp.concatenate([obs, a, jnp.cos(angles), jnp.sin(angles)], axis=-1))
+    return mlp(net, jnp.concatenate([obs, a, jnp.cos(angles), jnp.sin(angles)], axis=-1))
 
-def decode(args: Args, decoder: Decoder, obs: Array, latent: Array) -> Array:
+def decode(args: Args, decoder: Any, obs: Array, latent: Array) -> Array:
     """u = g(s, latent) at raw observations: Euler's method from t = 0 to 1 (Eq. 19)."""
-    obs = normalize(decoder.stats, obs)
+    obs = normalize(decoder["stats"], obs)
     def euler_step(a: Array, t: Array) -> tuple[Array, None]:
-        v = velocity(decoder.flow, obs, a, jnp.broadcast_to(t, a[..., :1].shape))
+        v = velocity(decoder["net"], obs, a, jnp.broadcast_to(t, a[..., :1].shape))
         return a + v / args.decoder_steps, None
     return lax.scan(euler_step, latent, jnp.arange(args.decoder_steps) / args.decoder_steps)[0]
 
-def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) -> Array:
-    """u (..., action_dim) at raw observations; the evaluation policy decodes the latent's mean."""
+def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) -> tuple[Array, dict]:
+    """u (..., action_dim) at raw observations and how it was drawn; evaluation decodes the latent's mean."""
     mean, std = latent_distribution(agent.params["encoder"], normalize(agent.stats, obs))
-    noise = jnp.where(deterministic, 0.0, jax.random.normal(key, mean.shape))
-    return decode(args, agent.decoder, obs, mean + std * noise)
+    latent = mean + std * jnp.where(deterministic, 0.0, jax.random.normal(key, mean.shape))
+    log_prob = norm.logpdf(latent, mean, std).sum(-1)
+    return decode(args, agent.decoder, obs, latent), {"latent": latent, "log_prob": log_prob}
 
+# --- shared: rollout ---
 @struct.dataclass
 class Transitions:
-    """What the update reads of a rollout, (U, T, N, ...)."""
+    """What a rollout leaves, (U, T, N, ...)."""
     obs: Array
-    latent: Array
-    log_prob: Array  # of the latent, when it was drawn
+    u: Array
+    drawn: dict[str, Array]  # the second output of `act`
     reward: Array
     truncated: Array  # bool
 
-def rollout(args: Args, env: MjxEnv, agent: Agent, envs: Envs, key: Array) -> tuple[Envs, Any, Any, Any, Any]:
-    """U consecutive unrolls of T steps in every environment.
-
-    Returns environments, transitions, the observation after each unroll (U, N, obs_dim), to bootstrap from, u
-    (U, T, N, action_dim), for the decoder, and metrics.
-    """
+def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tuple[Envs, Any, Array, dict]:
+    """U unrolls of T steps: environments, transitions, last next observations (U, N, obs_dim), metrics."""
     def step(envs: Envs, key: Array) -> tuple[Envs, tuple]:
         obs = envs.state.obs
-        mean, std = latent_distribution(agent.params["encoder"], normalize(agent.stats, obs))
-        latent = mean + std * jax.random.normal(key, mean.shape)
-        u, log_prob = decode(args, agent.decoder, obs, latent), norm.logpdf(latent, mean, std).sum(-1)
+        u, drawn = act(args, agent, obs, key, False)
         envs, reward, truncated, broken = step_envs(args, env, envs, u)
-        return envs, (Transitions(obs, latent, log_prob, reward, truncated), u, broken)
+        return envs, (Transitions(obs, u, drawn, reward, truncated), broken)
     def unroll(envs: Envs, key: Array) -> tuple[Envs, tuple]:
         envs, outputs = lax.scan(step, envs, jax.random.split(key, args.unroll_length))
         return envs, (*outputs, envs.state.obs)  # a reset state's after truncation, which is not bootstrapped
     keys = jax.random.split(key, args.batch_size * args.num_minibatches // args.num_envs)
-    envs, (transitions, u, broken, last_obs) = lax.scan(unroll, envs, keys)
-    metrics = {"reward_mean": transitions.reward.mean(), "nan_resets": broken.sum()}
-    far = {"latent_beyond_3": jnp.abs(transitions.latent) > 3, "u_beyond_5": jnp.abs(u) > 5}
-    return envs, transitions, last_obs, u, metrics | jax.tree.map(jnp.mean, far)
+    envs, (steps, broken, last_obs) = lax.scan(unroll, envs, keys)
+    metrics = {"reward_mean": steps.reward.mean(), "nan_resets": broken.sum(), "u_std": steps.u.std()}
+    return envs, steps, last_obs, metrics | {"u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
+# --- end shared ---
 
 # --- shared: advantages ---
 def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Array, Array]:
-    """Critic targets and advantages (T, N), by generalised advantage estimation as Brax has it.
+    """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
 
-    Rewards and truncated are (T, N), value (T + 1, N), the bootstrap value last. No sum crosses a truncated
-    step: its advantage is 0 and its target its own value, so it teaches nothing. As in Brax the advantage is
-    r + gamma * target' - value, whose tail weighs gamma, not gamma * lambda.
+    No sum crosses a truncated step: its advantage is 0, its target its own value, so it teaches nothing. The
+    advantage is r + gamma * target' - value, whose tail weighs gamma, not gamma * lambda.
     """
-    going_on = 1.0 - truncated
+    going_on, value = 1.0 - truncated, lax.stop_gradient(value)
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
     def backward(acc: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
         acc = x[0] + args.gamma * args.gae_lambda * x[1] * acc
@@ -330,51 +313,52 @@ def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Ar
     target = value[:-1] + lax.scan(backward, jnp.zeros_like(value[0]), (delta, going_on), reverse=True)[1]
     next_target = jnp.concatenate([target[1:], value[-1:]])
     return target, (reward + args.gamma * next_target - value[:-1]) * going_on
+
+def critic_terms(args: "Args", critic: Any, batch: Any, last_obs: Array) -> tuple[Array, dict]:
+    """Normalised advantages (batch_size, T) and the critic's error, by targets of the critic as it is now."""
+    value = mlp(critic, jnp.concatenate([batch.obs, last_obs[:, None]], axis=1))[..., 0].T
+    target, advantage = gae(args, args.reward_scale * batch.reward.T, batch.truncated.T, value)
+    advantage, error = (advantage - advantage.mean()) / (advantage.std() + 1e-8), target - value[:-1]
+    metrics = {"value_loss": jnp.square(error).mean(), "explained_variance": 1 - error.var() / target.var()}
+    return advantage.T, metrics
+
+def clipped_surrogate(args: "Args", log_ratio: Array, advantage: Array) -> dict[str, Array]:
+    """PPO's loss (Eq. 5) of ratios new / old, and how far they went; shapes broadcast."""
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - args.clip_eps, 1 + args.clip_eps)
+    far = {"approx_kl": (ratio - 1 - log_ratio).mean(), "clip_fraction": (clipped != ratio).mean()}
+    return far | {"policy_loss": -jnp.minimum(ratio * advantage, clipped * advantage).mean()}
 # --- end shared ---
 
-def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, coefs: Any, key: Any) -> tuple:
+def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: Any) -> tuple[Array, dict]:
     """Latent PPO (Eq. 3, 5) and metrics. The decoder is all in the advantages (Lemma 3.1), not in the loss.
 
-    Batch leaves are (batch_size, T, ...), last_obs is (batch_size, obs_dim), observations are normalised;
-    coefs has the stage's clip_eps and kl_coef. The key is for other methods' losses, which draw samples.
+    Batch leaves are (batch_size, T, ...), last_obs is (batch_size, obs_dim), observations are normalised.
     """
-    value = mlp(params["critic"], jnp.concatenate([batch.obs, last_obs[:, None]], axis=1))[..., 0].T
-    reward, truncated = args.reward_scale * batch.reward.T, batch.truncated.T
-    target, advantage = gae(args, reward, truncated, lax.stop_gradient(value))
-    error = target - value[:-1]
-    advantage = ((advantage - advantage.mean()) / (advantage.std() + 1e-8)).T
+    advantage, metrics = critic_terms(args, params["critic"], batch, last_obs)
     mean, std = latent_distribution(params["encoder"], batch.obs)
-    log_ratio = norm.logpdf(batch.latent, mean, std).sum(-1) - batch.log_prob
-    ratio, log_std = jnp.exp(log_ratio), jnp.log(std)
-    clipped = jnp.clip(ratio, 1 - coefs["clip_eps"], 1 + coefs["clip_eps"])
-    metrics = {
-        "policy_loss": -jnp.minimum(ratio * advantage, clipped * advantage).mean(),  # Eq. 5
-        "value_loss": jnp.square(error).mean(),
+    log_std, log_prob = jnp.log(std), norm.logpdf(batch.drawn["latent"], mean, std).sum(-1)
+    metrics |= clipped_surrogate(args, log_prob - batch.drawn["log_prob"], advantage)
+    metrics |= {
         "entropy": (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1).mean(),
         "latent_kl": (0.5 * (jnp.square(mean) + jnp.square(std) - 1) - log_std).sum(-1).mean(),  # Eq. 3
         "latent_l2": jnp.square(mean).mean() + jnp.square(log_std).mean(),  # App. E.4
         "latent_log_std": log_std.mean(),
-        "explained_variance": 1 - error.var() / target.var(),
-        "approx_kl": (ratio - 1 - log_ratio).mean(),
-        "clip_fraction": (clipped != ratio).mean(),
+        "latent_beyond_3": (jnp.abs(batch.drawn["latent"]) > 3).mean(),
     }
-    penalty = coefs["kl_coef"] * metrics[f"latent_{args.latent_penalty}"]
     loss = metrics["policy_loss"] + args.vf_coef * metrics["value_loss"] - args.ent_coef * metrics["entropy"]
-    return loss + penalty, metrics
+    return loss + args.kl_coef * metrics[f"latent_{args.latent_penalty}"], metrics
 
 # --- shared: update ---
-def update(args: "Args", agent: Any, batch: Any, last_obs: Array, coefs: Any, key: Array) -> tuple[Any, Any]:
-    """`update_epochs` passes over B unrolls, in new minibatches of whole unrolls each time.
-
-    Batch leaves are (B, T, ...), last_obs is (B, obs_dim), observations are normalised.
-    """
-    adam = optax.adam(args.learning_rate)
+def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) -> tuple[Any, dict]:
+    """`update_epochs` passes over B unrolls, in new minibatches of whole unrolls each time; see `loss_fn`."""
+    limit, adam = args.max_grad_norm, optax.adam(args.learning_rate)
     def minibatch_step(agent: Any, x: tuple[Array, Array]) -> tuple[Any, dict]:
         rows, key = x
         minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)
-        loss = partial(loss_fn, args=args, batch=minibatch, last_obs=last_obs[rows], coefs=coefs, key=key)
+        loss = partial(loss_fn, args=args, batch=minibatch, last_obs=last_obs[rows], key=key)
         grads, metrics = jax.grad(loss, has_aux=True)(agent.params)
-        scale = jnp.minimum(1.0, coefs["max_grad_norm"] / (optax.tree.norm(grads) + 1e-8))
+        scale = jnp.where(limit > 0, jnp.minimum(1.0, limit / optax.tree.norm(grads)), 1.0)
         params, opt = {}, {}
         for name, grad in grads.items():
             step, opt[name] = adam.update(jax.tree.map(lambda g: scale * g, grad), agent.opt[name])
@@ -393,36 +377,35 @@ def as_unrolls(x: Array) -> Array:
     return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:])
 # --- end shared ---
 
-def record(ring: dict[str, Array], recorded: Array, new: dict[str, Array]) -> tuple[dict, Array]:
-    """Writes steps (U, T, N, ...) over a ring's (C, N, ...) oldest rows; `recorded` counts them all."""
+def record(ring: dict[str, Array], times: Any, new: dict[str, Array]) -> dict[str, Array]:
+    """Writes steps (U, T, N, ...), as `times` times before, over a ring's (C, N, ...) oldest rows."""
     capacity, steps = len(ring["reward"]), new["reward"].shape[0] * new["reward"].shape[1]
     kept = min(capacity, steps)
-    rows = (recorded + steps - kept + jnp.arange(kept)) % capacity
+    rows = ((times + 1) * steps - kept + jnp.arange(kept)) % capacity
     new = {name: x.reshape(steps, *x.shape[2:])[-kept:] for name, x in new.items()}
-    return {name: ring[name].at[rows].set(new[name], unique_indices=True) for name in ring}, recorded + steps
+    return {name: ring[name].at[rows].set(new[name], unique_indices=True) for name in ring}
 
-def flow_matching_loss(flow: Any, obs: Array, u: Array, key: Array) -> Array:
+def decoder_loss(net: Any, args: Args, obs: Array, u: Array, key: Array) -> Array:
     """Conditional flow matching (Eq. 6, 18, 20) from fresh noise, 8 draws a pair; obs normalised."""
     tau_key, noise_key = jax.random.split(key)
     tau, noise = jax.random.uniform(tau_key, (8, len(u), 1)), jax.random.normal(noise_key, (8, *u.shape))
-    v = velocity(flow, jnp.broadcast_to(obs, (8, *obs.shape)), (1 - tau) * noise + tau * u, tau)
+    v = velocity(net, jnp.broadcast_to(obs, (8, *obs.shape)), (1 - tau) * noise + tau * u, tau)
     return jnp.square(v - (u - noise)).sum(-1).mean()
 
-def decoder_epoch(args: Args, pairs: int, decoder: Decoder, opt: Any, ring: Any, key: Array) -> tuple:
+def decoder_epoch(args: Args, pairs: int, decoder: Any, opt: Any, ring: Any, key: Array) -> tuple:
     """One shuffled pass over the ring's first `pairs` entries: decoder, Adam state and mean loss after it."""
     adam = optax.adam(args.decoder_learning_rate)
     obs, u = (ring[name].reshape(-1, ring[name].shape[-1]) for name in ("obs", "u"))
-    rows_key, key = jax.random.split(key)
-    batches = pairs // args.decoder_batch_size
+    batches, (rows_key, key) = pairs // args.decoder_batch_size, jax.random.split(key)
     rows = jax.random.permutation(rows_key, pairs)[: batches * args.decoder_batch_size].reshape(batches, -1)
     def step(carry: tuple[Any, Any], x: tuple[Array, Array]) -> tuple[tuple[Any, Any], Array]:
-        (flow, opt), (rows, key) = carry, x
-        batch = normalize(decoder.stats, obs[rows]), u[rows]
-        loss, grads = jax.value_and_grad(flow_matching_loss)(flow, *batch, key)
+        (net, opt), (rows, key) = carry, x
+        batch = normalize(decoder["stats"], obs[rows]), u[rows]
+        loss, grads = jax.value_and_grad(decoder_loss)(net, args, *batch, key)
         steps, opt = adam.update(grads, opt)
-        return (optax.apply_updates(flow, steps), opt), loss
-    (flow, opt), losses = lax.scan(step, (decoder.flow, opt), (rows, jax.random.split(key, batches)))
-    return decoder.replace(flow=flow), opt, losses.mean()
+        return (optax.apply_updates(net, steps), opt), loss
+    (net, opt), losses = lax.scan(step, (decoder["net"], opt), (rows, jax.random.split(key, batches)))
+    return decoder | {"net": net}, opt, losses.mean()
 
 # --- shared: random keys and evaluation ---
 INIT, RESET, TRAIN, EVAL_RESET, EVAL_ACT, DECODER = range(6)
@@ -435,7 +418,7 @@ def evaluate(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array, dete
     """Undiscounted returns (eval_envs,) of one episode each; a NaN state ends its episode."""
     def step(carry: tuple, key: Array) -> tuple[tuple, None]:
         envs, running, returns = carry
-        u = act(args, agent, envs.state.obs, key, deterministic)
+        u, _ = act(args, agent, envs.state.obs, key, deterministic)
         envs, reward, _, broken = step_envs(args, env, envs, u)
         running &= ~broken
         return (envs, running, returns + jnp.where(running, reward, 0.0)), None
@@ -449,34 +432,35 @@ class TrainState:
     agent: Agent
     envs: Envs
     ring: dict[str, Array]  # "obs", "u", "reward": the stage's latest C steps of every environment
-    recorded: Array
 
-def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index: Array, coefs: Any) -> tuple:
+def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index: Any, stage: Any) -> tuple:
     """Rollout, update, statistics and recording, for one seed: the next state, and metrics."""
-    rollout_key, update_key = jax.random.split(derive_key(seed_key, TRAIN, index))
-    agent = state.agent
-    envs, steps, last_obs, u, rollout_metrics = rollout(args, env, agent, state.envs, rollout_key)
+    # The stage's value of each coefficient, or the last: JAX clamps an index beyond it.
+    args = replace(args, **{k: jnp.array(getattr(args, k))[stage] for k in STAGE_COEFFICIENTS})
+    agent, (rollout_key, update_key) = state.agent, jax.random.split(derive_key(seed_key, TRAIN, index))
+    envs, steps, last_obs, rollout_metrics = rollout(args, env, agent, state.envs, rollout_key)
     batch = jax.tree.map(as_unrolls, steps.replace(obs=normalize(agent.stats, steps.obs)))
     last_obs = normalize(agent.stats, last_obs).reshape(-1, last_obs.shape[-1])
-    agent, metrics = update(args, agent, batch, last_obs, coefs, update_key)
+    agent, metrics = update(args, agent, batch, last_obs, update_key)
     # Only now do the statistics move: rollout and update saw the same ones, so that every ratio started at 1.
     agent = agent.replace(stats=merge_stats(agent.stats, steps.obs))
-    ring, recorded = record(state.ring, state.recorded, {"obs": steps.obs, "u": u, "reward": steps.reward})
-    return TrainState(agent=agent, envs=envs, ring=ring, recorded=recorded), metrics | rollout_metrics
+    before = jnp.array([0, *stage_ends(args)])[stage]  # iterations before this stage
+    ring = record(state.ring, index - before, {k: getattr(steps, k) for k in state.ring})
+    return TrainState(agent=agent, envs=envs, ring=ring), metrics | rollout_metrics
 
 # --- shared: run directory ---
 def make_run_dir(args: "Args") -> Path:
     """Creates runs/<env-id>__<exp-name>__<seed>__<unix time>/, exclusively (on collision -2, -3, ...)."""
-    name, n = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}", 1
-    while True:
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    for n in count(1):
+        run_dir = Path(args.runs_dir) / (name if n == 1 else f"{name}-{n}")
         try:
-            run_dir = Path(args.runs_dir) / (name if n == 1 else f"{name}-{n}")
             (run_dir / "checkpoints").mkdir(parents=True)
-            return run_dir
+            break
         except OSError as error:
             problem = f"{args.runs_dir} ({error.strerror})"
             require(os.path.exists(run_dir), "runs_dir", problem, "a directory to write to")
-            n += 1
+    return run_dir
 
 def write_args(args: "Args", run_dir: Path) -> None:
     """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
@@ -505,14 +489,12 @@ def log(run_dir: Path, wandb_run: Any, name: str, **columns: Any) -> None:
         rows = zip(*columns.values(), strict=True)
         lines = [[f"{v:.7g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
         file.writelines(",".join(line) + "\n" for line in (lines if file.tell() else [columns, *lines]))
-    if wandb_run:
-        cells = [(k, seed, v[i]) for k, v in columns.items() for i, seed in enumerate(columns["seed"])]
-        step = {"step": columns["step"][0]} if "step" in columns else {}
-        wandb_run.log({f"{name}/{k}/seed_{seed}": v for k, seed, v in cells if k != "seed"} | step)
+    for i, seed in enumerate(columns["seed"]) if wandb_run else ():
+        wandb_run.log({k if k == "step" else f"{name}/{k}/seed_{seed}": v[i] for k, v in columns.items()})
 
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
     """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
-    arrays = {keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
+    arrays = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
     with (aside := path.with_suffix(".tmp")).open("wb") as file:
         np.savez(file, meta=json.dumps(meta), **arrays)
         file.flush()
@@ -522,14 +504,54 @@ def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
 def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """The tree `like`, of shapes and types, from a file, and the file's meta; ValueError if they differ."""
     def load(name: tuple, leaf: Any) -> Array:
-        array, name = file[keystr(name)], keystr(name)
+        array = file[name := jax.tree_util.keystr(name)]
         if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
             raise ValueError(f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}")
         return jnp.array(array)
     with np.load(path, allow_pickle=False) as file:
         return jax.tree.map_with_path(load, like), json.loads(str(file["meta"]))
 
-def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) -> Callable:
+def save_state(run_dir: Path, step: int, state: Any, **meta: Any) -> None:
+    """A checkpoint to resume from; it and the newest one before it are kept."""
+    meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
+    save_arrays(file := run_dir / "checkpoints" / f"state_{step:012}.npz", state, **meta)
+    for old in sorted(f for f in file.parent.glob("state_*.npz") if f.name <= file.name)[:-2]:
+        old.unlink()  # a damaged one may be newer
+
+def restore(run_dir: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """The newest good checkpoint's state and meta, None if there is none; CSV files lose what came after."""
+    state, meta = None, {"done": 0, "stage": 0, "wall_time": 0.0, "bytes": {}}
+    files = sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)
+    for file in files:
+        try:
+            state, meta = load_arrays(file, like)
+            break
+        except Exception as error:
+            print(f"{file}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
+    require(state is not None or not files, "resume", run_dir, "a run with a checkpoint that can be read")
+    for path in run_dir.glob("*.csv"):
+        os.truncate(path, min(path.stat().st_size, meta["bytes"].get(path.name, 0)))
+    return state, meta
+
+def start_wandb(args: "Args", run_dir: Path) -> Any:
+    """The Weights & Biases run of the run directory's name."""
+    import wandb
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
+    config = json.loads((run_dir / "args.json").read_text())
+    run = wandb.init(**where, name=run_dir.name, id=run_dir.name, config=config, resume="allow")
+    run.define_metric("*", step_metric="step")
+    return run
+
+def progress_bar(args: "Args", run_dir: Path, done: int, total: int) -> tqdm:
+    """Says what runs where and for how long, of `total` steps a seed; the progress bar."""
+    seeds, device = f"{args.num_seeds} seed(s) from {args.seed}", jax.devices()[0].device_kind
+    print(f"{args.env_id}, {seeds}: {total:,} steps each on {jax.device_count()} x {device}; {run_dir}")
+    if jax.default_backend() == "cpu" and args.preset != "cpu":
+        print(f"On a CPU: {total * args.num_seeds / 1.8e7:.0f} hours at 5000 steps/s. --preset cpu is short.")
+    look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
+    return tqdm(total=total * args.num_seeds, initial=done * args.num_seeds, file=sys.stdout, **look)
+
+def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) -> Any:
     """A trained policy f(obs, key, deterministic=False) -> u, of raw observations (..., obs_dim).
 
     The action is tanh(u). By default it is the last step's, of the run's first seed; others: ValueError.
@@ -546,16 +568,15 @@ def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) 
     agent, jitted = jax.tree.map(lambda x: x[seeds.index(seed)], agents), jax.jit(partial(act, args))
     def policy(obs: Array, key: Array, deterministic: bool = False) -> Array:
         with jax.default_matmul_precision("highest"):
-            return jitted(agent, obs, key, deterministic)
+            return jitted(agent, obs, key, deterministic)[0]
     return policy
 # --- end shared ---
 
 def train(args: Args, run_dir: Path) -> None:
-    """Trains all seeds in `run_dir`, from its newest good checkpoint if it has one."""
+    """Trains all seeds in `run_dir`, from its newest good checkpoint. Each phase compiles once, for all."""
     env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
     seed_keys = jax.vmap(jax.random.PRNGKey)(jnp.array(seeds))
     size, ends = args.batch_size * args.num_minibatches * args.unroll_length, stage_ends(args)
-    # Each phase is compiled once and runs all seeds.
     iterate = jax.jit(jax.vmap(partial(iteration, args, env), in_axes=(0, 0, None, None)), donate_argnums=0)
     episodes = jax.jit(jax.vmap(partial(evaluate, args, env), in_axes=(0, 0, 0, None)))
     init = jax.jit(jax.vmap(partial(init_agent, args, env.observation_size, env.action_size)))
@@ -563,11 +584,10 @@ def train(args: Args, run_dir: Path) -> None:
     decoder_pass = jax.jit(lambda n, *x: jax.vmap(partial(decoder_epoch, args, n))(*x), static_argnums=0)
     keys = partial(jax.jit(jax.vmap(derive_key, in_axes=(0, None, None))), seed_keys)
     def begin() -> TrainState:
-        shapes = {"obs": (env.observation_size,), "u": (env.action_size,), "reward": ()}
         rows = (len(seeds), args.decoder_buffer_size // args.num_envs, args.num_envs)
+        shapes = {"obs": (env.observation_size,), "u": (env.action_size,), "reward": ()}
         ring = {name: jnp.zeros(rows + shape) for name, shape in shapes.items()}
-        envs = reset(args.num_envs, keys(RESET, 0))
-        return TrainState(init(keys(INIT, 0)), envs, ring, jnp.zeros(len(seeds), jnp.int32))
+        return TrainState(init(keys(INIT, 0)), reset(args.num_envs, keys(RESET, 0)), ring)
     def returns(agent: Agent, index: int, deterministic: bool) -> np.ndarray:
         envs = reset(args.eval_envs, keys(EVAL_RESET, index))
         return np.asarray(episodes(agent, envs, keys(EVAL_ACT, index), deterministic))
@@ -582,11 +602,11 @@ def train(args: Args, run_dir: Path) -> None:
         """Phase 2 of Algorithm 1, after a stage, and the re-initialisation that begins the next."""
         before = returns(state.agent, 2 * done + 1, deterministic=False)
         fresh, ring = init(keys(INIT, stage + 1)), state.ring
-        recorded = min(int(state.recorded[0]), ring["reward"].shape[1])
+        recorded = min((done - [0, *ends][stage]) * size // args.num_envs, ring["reward"].shape[1])
         pairs = recorded * args.num_envs
         decoder = fresh.decoder if args.decoder_from_scratch else state.agent.decoder
-        decoder = decoder.replace(stats=jax.tree.map(jnp.copy, state.agent.stats))
-        opt = jax.vmap(optax.adam(args.decoder_learning_rate).init)(decoder.flow)
+        decoder = decoder | {"stats": jax.tree.map(jnp.copy, state.agent.stats)}
+        opt = jax.vmap(optax.adam(args.decoder_learning_rate).init)(decoder["net"])
         for epoch in range(args.decoder_epochs):
             key = keys(DECODER, (stage + 1) * args.decoder_epochs + epoch)
             decoder, opt, loss = decoder_pass(pairs, decoder, opt, ring, key)
@@ -594,50 +614,23 @@ def train(args: Args, run_dir: Path) -> None:
             bar.set_postfix_str(f"decoder {stage + 1}, epoch {epoch + 1}/{args.decoder_epochs}")
         agent = start_stage(args, state.agent.replace(decoder=decoder), fresh)
         after = returns(agent, 2 * done + 1, deterministic=False)  # the same initial states and noise
-        data = {"pairs": pairs, "reward_mean": ring["reward"][:, :recorded].mean((1, 2))}
-        data |= {"return_before": before.mean(1), "return_after": after.mean(1)}
-        row("refine", step=done * size, stage=stage + 1, **data)
-        change = f"{before.mean():.1f} before, {after.mean():.1f} after"
-        bar.write(f"decoder {stage + 1}: stochastic return {change}")
-        envs = reset(args.num_envs, keys(RESET, stage + 1))
-        return state.replace(agent=agent, envs=envs, recorded=jnp.zeros_like(state.recorded))
-    done, stage, state, total = 0, 0, None, ends[-1] * size  # done: iterations
-    start = saved_at = time.time()
-    files = sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)
-    for file in files:
-        try:
-            state, meta = load_arrays(file, jax.eval_shape(begin))
-            done, stage, start = meta["done"], meta["stage"], start - meta["wall_time"]
-            break
-        except Exception as error:
-            print(f"{file}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
-    require(state is not None or not files, "resume", run_dir, "a run with a checkpoint that can be read")
-    for path in run_dir.glob("*.csv"):  # drops what was written after the checkpoint
-        os.truncate(path, min(path.stat().st_size, meta["bytes"].get(path.name, 0)) if state else 0)
-    config = json.loads((run_dir / "args.json").read_text())
-    print(f"{args.env_id}, seeds {seeds}: {total:,} steps each on {config['versions']['device']}; {run_dir}")
-    if jax.default_backend() == "cpu" and args.preset != "cpu":
-        hours = " to ".join(f"{(total - done * size) * len(seeds) / sps / 3600:.0f}" for sps in (5000, 1000))
-        print(f"On a CPU this takes some {hours} hours. --preset cpu shows all stages in about 10 minutes.")
-    wandb_run = None
-    if args.track:
-        import wandb
-        where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
-        wandb_run = wandb.init(**where, name=run_dir.name, id=run_dir.name, config=config, resume="allow")
-        wandb_run.define_metric("*", step_metric="step")
-    row = partial(log, run_dir, wandb_run, seed=seeds)
-    look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
-    bar = tqdm(total=total * len(seeds), initial=done * size * len(seeds), file=sys.stdout, **look)
+        change = {"return_before": before.mean(1), "return_after": after.mean(1)}
+        reward = ring["reward"][:, :recorded].mean((1, 2))
+        row("refine", step=done * size, stage=stage + 1, pairs=pairs, reward_mean=reward, **change)
+        bar.write(f"decoder {stage + 1}: stochastic return from {before.mean():.1f} to {after.mean():.1f}")
+        return state.replace(agent=agent, envs=reset(args.num_envs, keys(RESET, stage + 1)))
+    state, meta = restore(run_dir, jax.eval_shape(begin))
+    done, stage, start = meta["done"], meta["stage"], time.time() - meta["wall_time"]  # done: iterations
+    row = partial(log, run_dir, start_wandb(args, run_dir) if args.track else None, seed=seeds)
+    bar, saved_at = progress_bar(args, run_dir, done * size, ends[-1] * size), time.time()
     if state is None:
         state = begin()
         evaluation(state)
     while done < ends[-1]:
         if done == ends[stage]:
             state, stage = refine(state), stage + 1
-        coefs = {name: getattr(args, name) for name in ("clip_eps", "max_grad_norm", "kl_coef")}
-        coefs = {name: jnp.float32(values[min(stage, len(values) - 1)]) for name, values in coefs.items()}
         began, before = time.time(), done * size
-        state, metrics = iterate(state, seed_keys, done, coefs)
+        state, metrics = iterate(state, seed_keys, done, stage)
         metrics, done, step = jax.tree.map(np.asarray, metrics), done + 1, before + size
         clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
         row("train", step=step, stage=stage, **clock, **metrics)
@@ -647,15 +640,10 @@ def train(args: Args, run_dir: Path) -> None:
         if evaluated := done in ends or step // args.eval_every > before // args.eval_every:
             evaluation(state)
         if evaluated or time.time() - saved_at > 60 * args.checkpoint_minutes:
-            meta = {"done": done, "stage": stage, "wall_time": time.time() - start}
-            meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
-            save_arrays(file := run_dir / "checkpoints" / f"state_{step:012}.npz", state, **meta)
-            files = [f for f in sorted(run_dir.glob("checkpoints/state_*.npz")) if f.name <= file.name]
-            for old in files[:-2]:  # a damaged one may be newer
-                old.unlink()
+            save_state(run_dir, step, state, done=done, stage=stage, wall_time=time.time() - start)
             saved_at = time.time()
     bar.close()
-    print(f"finished: {total:,} steps a seed in {time.time() - start:.0f} s; see {run_dir}")
+    print(f"finished: {done * size:,} steps a seed in {time.time() - start:.0f} s; see {run_dir}")
 
 def parse_args() -> Args:
     """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
@@ -675,11 +663,10 @@ def parse_args() -> Args:
     ok, takes = total == unset or 0 < total == sum(stages), "a number above 0, the sum of --stage-timesteps"
     require(ok, "total_timesteps", total, f"{takes} if given ({sum(stages)})")
     args = replace(given, stage_timesteps=stages, total_timesteps=sum(stages))
-    for name, stored in asdict(base).items() if args.resume else ():
-        ok = getattr(args, name) == stored or name.startswith(("track", "wandb", "checkpoint", "total"))
-        if name == "stage_timesteps":
-            ok = stages[: len(old) - 1] == old[:-1] and stages[len(old) - 1 :] >= old[-1:]
-        require(ok, name, getattr(args, name), f"the resumed run's, {stored} (a budget may be longer)")
+    for k, stored in asdict(base).items() if args.resume else ():
+        ok = getattr(args, k) == stored or k.startswith(("track", "wandb", "checkpoint", "total"))
+        ok |= "stage" in k and stages[: len(old) - 1] == old[:-1] and stages[len(old) - 1 :] >= old[-1:]
+        require(ok, k, getattr(args, k), f"the resumed run's, {stored} (a budget may be longer)")
     return args
 
 # --- shared: main ---

@@ -1,0 +1,598 @@
+"""DPPO, the diffusion baseline of "GoRL" (Zhang et al., 2025), on MuJoCo Playground.
+
+Ren et al., "Diffusion Policy Policy Optimization" (2024), from scratch, in the PPO pipeline of the GoRL paper
+(App. E.3; appendices cited below are that paper's). The method in five lines:
+
+  1. The actor denoises: ten steps take a_10 from N(0, I) to u = a_0; the environment receives tanh(u).
+  2. Each step draws from a Gaussian around the DDIM step, of small std: the ten are an MDP within the MDP.
+  3. So each step has a likelihood and a ratio. All ten share the advantage of their environment step.
+  4. From there on it is PPO: the ratios are clipped, advantages come from a critic by GAE. No entropy bonus.
+  5. 180M environment steps.
+
+    python dppo.py --env-id HopperStand --seed 1
+
+Axes in comments: K seeds, N environments, U unrolls of an environment in an iteration, T steps, B = U * N.
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax==0.10.1; python_version < '3.12'", "jax==0.12.0.1; python_version >= '3.12'",
+#   "flax==0.12.8; python_version < '3.12'", "flax==0.12.12; python_version >= '3.12'",
+#   "optax==0.2.8", "playground==0.2.0", "mujoco==3.17.0", "mujoco-mjx==3.17.0", "warp-lang==1.19.0",
+#   "tyro==1.0.17", "tqdm==4.70.1", "wandb==0.31.0",
+# ]
+# ///
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import struct
+from jax import Array, lax
+from jax.scipy.stats import norm
+from mujoco_playground import MjxEnv, State, dm_control_suite
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Args:
+    """DPPO on MuJoCo Playground's DM Control suite."""
+
+    env_id: str = "HopperStand"  # a task of MuJoCo Playground's DM Control suite
+    seed: int = 1  # the first seed
+    num_seeds: int = 1  # seeds seed .. seed + num_seeds - 1 train together in this process
+    preset: Literal["paper", "cpu"] = "paper"  # cpu: CheetahRun, in minutes on 2 cores
+    total_timesteps: int = 180_000_000  # environment steps of a seed
+    num_envs: int = 2048  # parallel environments of a seed
+    unroll_length: int = 30  # steps between two bootstraps of the return
+    batch_size: int = 1024  # unrolls a minibatch
+    num_minibatches: int = 32  # an iteration takes batch_size * num_minibatches * unroll_length steps
+    update_epochs: int = 16  # passes over the data of an iteration
+    learning_rate: float = 3e-4  # Adam's, for actor and critic
+    gamma: float = 0.995  # discount
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    reward_scale: float = 10.0  # factor on the rewards that the critic sees
+    vf_coef: float = 0.25  # weight of the critic's mean squared error
+    ent_coef: float = 0.0  # must be 0: every denoising step has a fixed entropy
+    clip_eps: float = 0.2  # PPO's clip range
+    max_grad_norm: float = 0.0  # of all gradients jointly; 0 for none
+    denoising_steps: int = 10  # noise levels of the diffusion, and steps from noise to u
+    denoising_std: float = 0.05  # of the noise that each step adds
+    episode_length: int = 1000  # control steps until an episode is cut off
+    eval_every: int = 6_000_000  # environment steps between evaluations
+    eval_envs: int = 128  # episodes an evaluation
+    impl: Literal["jax", "warp"] = "jax"  # physics backend; the paper's is jax
+    runs_dir: str = "runs"  # where run directories are made
+    exp_name: str = Path(__file__).stem  # part of the run directory's name
+    resume: str | None = None  # a run directory to continue; its arguments are taken over
+    checkpoint_minutes: float = 30.0  # a checkpoint at least this often, beside those at evaluations
+    track: bool = False  # log to Weights & Biases (WANDB_MODE=offline works, too)
+    wandb_project_name: str = "gorl"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases user or team
+
+CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
+                  num_minibatches=16, update_epochs=8, eval_every=200_000)  # fmt: skip
+
+# --- shared: argument checks ---
+def require(ok: bool, argument: str, got: Any, takes: str) -> None:
+    """Unless `ok`, ends the program with one line on stderr and exit status 2."""
+    if not ok:
+        argument = "--" + argument.replace("_", "-") if argument.isidentifier() else argument
+        print(f"{Path(sys.argv[0]).name}: {argument}: got {got}; takes {takes}", file=sys.stderr)
+        raise SystemExit(2)
+
+def check_common(args: "Args") -> None:
+    """Checks the arguments that all scripts have, before any device is touched."""
+    # Playground 0.2 builds the Reacher with a function that MuJoCo 3.17 no longer has.
+    tasks = sorted(task for task in dm_control_suite.ALL_ENVS if "Reacher" not in task)
+    require(args.env_id in tasks, "env_id", args.env_id, f"one of {', '.join(tasks)}")
+    for name, got in asdict(args).items():
+        numbers = got if isinstance(got, tuple) else [got] if type(got) in (int, float) else []
+        zero = name in ("seed", "gae_lambda", "vf_coef", "ent_coef", "kl_coef", "max_grad_norm")
+        ok = all(n > 0 or (zero and n == 0) for n in numbers)  # also false for NaN
+        ok = ok and all(n < 2**31 for n in numbers) and got != ()
+        require(ok, name, got, f"{'numbers of at least' if zero else 'numbers above'} 0, below 2^31")
+    for name in ("gamma", "gae_lambda"):
+        require(getattr(args, name) <= 1, name, getattr(args, name), "a number of at most 1")
+    unrolls = args.batch_size * args.num_minibatches
+    takes = f"a product that --num-envs ({args.num_envs}) divides: an iteration is whole unrolls"
+    require(unrolls % args.num_envs == 0, "--batch-size times --num-minibatches", unrolls, takes)
+    require("/" not in args.exp_name, "exp_name", args.exp_name, "a name without slashes")
+# --- end shared ---
+
+def iterations(args: Args) -> int:
+    """The total, rounded to iterations."""
+    size = args.batch_size * args.num_minibatches * args.unroll_length
+    return (2 * args.total_timesteps + size) // (2 * size)
+
+def check(args: Args) -> None:
+    """Checks every argument, before anything compiles."""
+    check_common(args)
+    require(args.ent_coef == 0, "ent_coef", args.ent_coef, "0: the entropy of the steps is fixed")
+    size = args.batch_size * args.num_minibatches * args.unroll_length
+    takes = f"at least one iteration, {size} steps (a lower --batch-size makes it shorter)"
+    require(iterations(args) > 0, "total_timesteps", args.total_timesteps, takes)
+
+# --- shared: environment, statistics, networks ---
+@struct.dataclass
+class Envs:
+    """Environments, and the states they are reset to; leaves are (N, ...), Warp's contacts excepted."""
+    state: State
+    first: State
+    steps: Array  # control steps since the last reset
+
+def make_env(args: "Args") -> MjxEnv:
+    config = dm_control_suite.get_default_config(args.env_id)
+    config.impl = args.impl  # Playground 0.2 itself defaults to warp
+    if args.impl == "warp":  # its contact buffer serves all worlds, and Playground's is for 2048
+        config.naconmax *= -(-max(args.num_envs, args.eval_envs) * args.num_seeds // 2048)
+    return dm_control_suite.load(args.env_id, config=config)
+
+# `reset` and `step` differ in weak types, for which a jitted iteration would compile twice.
+strong_types = partial(jax.tree.map, lambda x: lax.convert_element_type(x, x.dtype))
+
+def reset_envs(env: MjxEnv, num_envs: int, key: Array) -> Envs:
+    state = strong_types(jax.vmap(env.reset)(jax.random.split(key, num_envs)))
+    return Envs(state=state, first=state, steps=jnp.zeros(num_envs, jnp.int32))
+
+def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Array, Array, Array]:
+    """Steps with tanh(u), u (N, action_dim), resets what is done: environments, reward, truncated, broken.
+
+    Truncated (N,), bool: the time limit is reached, or the environment broke. Broken (N,), bool: its physics
+    went NaN; reward and next observation are dropped. Reward is (N,), in [0, 1].
+    """
+    state = strong_types(jax.vmap(env.step)(envs.state, jnp.tanh(u)))
+    broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~jnp.isfinite(state.obs).all(-1)
+    truncated = broken | (envs.steps + 1 >= args.episode_length)
+    def reset_done(first: Array, now: Array) -> Array:
+        done = truncated.reshape(-1, *[1] * (now.ndim - 1))
+        return jnp.where(done, first, now) if now.shape[:1] == truncated.shape else now
+    reward, steps = jnp.where(broken, 0.0, state.reward), jnp.where(truncated, 0, envs.steps + 1)
+    state = jax.tree.map(reset_done, envs.first, state)
+    return envs.replace(state=state, steps=steps), reward, truncated, broken
+
+@struct.dataclass
+class RunningStats:
+    """Mean and variance, (obs_dim,) each, of all observations so far."""
+    count: Array
+    mean: Array
+    var: Array
+
+def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
+    """Adds observations (..., obs_dim): Chan et al. (1979), in variances instead of sums of squares."""
+    axes, size = tuple(range(obs.ndim - 2)), obs.size // obs.shape[-1]
+    mean = obs.mean(-2).mean(axes)  # in two stages, against float32's rounding
+    var = jnp.square(obs - mean).mean(-2).mean(axes)
+    count, delta = stats.count + size, mean - stats.mean
+    share = size / count
+    # Without the old variance's share, the std would shrink with every batch, and normalised inputs grow.
+    var = stats.var + share * (var - stats.var + (1 - share) * jnp.square(delta))
+    return RunningStats(count=count, mean=stats.mean + share * delta, var=var)
+
+def normalize(stats: RunningStats, obs: Array) -> Array:
+    """Observations (..., obs_dim) in standard deviations, clipped to +-10."""
+    return jnp.clip((obs - stats.mean) / jnp.maximum(jnp.sqrt(stats.var), 1e-6), -10.0, 10.0)
+
+def init_mlp(key: Array, sizes: tuple[int, ...], zero_last: bool = False) -> list[dict[str, Array]]:
+    """LeCun-uniform kernels and zero biases; with `zero_last` the network's output starts at exactly 0."""
+    init, keys = jax.nn.initializers.lecun_uniform(), jax.random.split(key, len(sizes) - 1)
+    kernels = [init(k, shape) for k, shape in zip(keys, pairwise(sizes), strict=True)]
+    kernels[-1] *= not zero_last
+    return [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in kernels]
+
+def mlp(layers: list[dict[str, Array]], x: Array) -> Array:
+    """SiLU network, (..., sizes[0]) -> (..., sizes[-1])."""
+    for layer in layers[:-1]:
+        x = jax.nn.silu(x @ layer["kernel"] + layer["bias"])
+    return x @ layers[-1]["kernel"] + layers[-1]["bias"]
+# --- end shared ---
+
+@struct.dataclass
+class Agent:
+    """One seed's networks, or all seeds' with axes (K,) in front. A policy lacks critic and Adam states."""
+    params: dict[str, Any]  # "actor", "critic"
+    opt: dict[str, Any]  # an Adam state for each
+    stats: RunningStats
+    def policy(self) -> "Agent":
+        return self.replace(params={"actor": self.params["actor"]}, opt={})
+
+def init_agent(args: Args, obs_dim: int, action_dim: int, key: Array) -> Agent:
+    """Actor, critic and Adam states; sizes of App. E.3."""
+    actor_key, critic_key = jax.random.split(key)
+    actor = init_mlp(actor_key, (obs_dim + action_dim + 8, 32, 32, 32, 32, action_dim), zero_last=True)
+    params = {"actor": actor, "critic": init_mlp(critic_key, (obs_dim, 256, 256, 256, 256, 256, 1))}
+    opt = {name: optax.adam(args.learning_rate).init(layers) for name, layers in params.items()}
+    stats = RunningStats(count=jnp.zeros(()), mean=jnp.zeros(obs_dim), var=jnp.ones(obs_dim))
+    return Agent(params=params, opt=opt, stats=stats)
+
+def velocity(net: Any, obs: Array, a: Array, t: Array) -> Array:
+    """v(a_t, t, s) (App. C) at normalised observations; a (..., action_dim), t (..., 1) in [0, 1]."""
+    angles = t * 2.0 ** jnp.arange(4)
+    return mlp(net, jnp.concatenate([obs, a, jnp.cos(angles), jnp.sin(angles)], axis=-1))
+
+def noise_angles(steps: int) -> np.ndarray:
+    """phi_t, t = 0 .. steps, of a_t = cos(phi_t) a_0 + sin(phi_t) noise (Eq. 16): the cosine schedule."""
+    x = (np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2
+    return np.arccos(np.cos(x) / np.cos(x[0]))
+
+def denoised(args: Args, actor: Any, obs: Array, a: Array, t: Array) -> Array:
+    """Mean of a_(t-1) given a_t, the deterministic DDIM step; a (..., action_dim), t (..., 1) in 1 .. T.
+
+    The network predicts v = da / dphi = cos(phi) noise - sin(phi) a_0 (Salimans & Ho, 2022), so DDIM rotates;
+    from the noise itself it would divide by cos(phi_T) = 0. A network of output 0 scales by prod(cos) = 0.88.
+    """
+    phi = jnp.float32(noise_angles(args.denoising_steps))
+    turn, v = phi[t] - phi[t - 1], velocity(actor, obs, a, t / args.denoising_steps)
+    return jnp.cos(turn) * a - jnp.sin(turn) * v
+
+def denoising_log_prob(args: Args, actor: Any, obs: Array, chain: Array) -> Array:
+    """Log-density (..., T) of each step of chains (..., T + 1, action_dim) from a_T to a_0."""
+    a, t = chain[..., :-1, :], jnp.arange(args.denoising_steps, 0, -1)[:, None]
+    obs = jnp.broadcast_to(obs[..., None, :], (*a.shape[:-1], obs.shape[-1]))
+    mean = denoised(args, actor, obs, a, jnp.broadcast_to(t, (*a.shape[:-1], 1)))
+    return norm.logpdf(chain[..., 1:, :], mean, args.denoising_std).sum(-1)
+
+def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) -> tuple[Array, dict]:
+    """u (..., action_dim) at raw observations and its chain; evaluation adds no noise but a_T."""
+    actor, obs, (start_key, key) = agent.params["actor"], normalize(agent.stats, obs), jax.random.split(key)
+    start = jax.random.normal(start_key, (*obs.shape[:-1], *actor[-1]["bias"].shape))
+    def denoising_step(a: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
+        t, key = x
+        mean = denoised(args, actor, obs, a, jnp.broadcast_to(t, a[..., :1].shape))
+        noise = jnp.where(deterministic, 0.0, jax.random.normal(key, a.shape))
+        a = mean + args.denoising_std * noise
+        return a, a
+    steps = jnp.arange(args.denoising_steps, 0, -1), jax.random.split(key, args.denoising_steps)
+    u, chain = lax.scan(denoising_step, start, steps)
+    chain = jnp.moveaxis(jnp.concatenate([start[None], chain]), 0, -2)
+    return u, {"chain": chain, "log_prob": denoising_log_prob(args, actor, obs, chain)}
+
+# --- shared: rollout ---
+@struct.dataclass
+class Transitions:
+    """What a rollout leaves, (U, T, N, ...)."""
+    obs: Array
+    u: Array
+    drawn: dict[str, Array]  # the second output of `act`
+    reward: Array
+    truncated: Array  # bool
+
+def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tuple[Envs, Any, Array, dict]:
+    """U unrolls of T steps: environments, transitions, last next observations (U, N, obs_dim), metrics."""
+    def step(envs: Envs, key: Array) -> tuple[Envs, tuple]:
+        obs = envs.state.obs
+        u, drawn = act(args, agent, obs, key, False)
+        envs, reward, truncated, broken = step_envs(args, env, envs, u)
+        return envs, (Transitions(obs, u, drawn, reward, truncated), broken)
+    def unroll(envs: Envs, key: Array) -> tuple[Envs, tuple]:
+        envs, outputs = lax.scan(step, envs, jax.random.split(key, args.unroll_length))
+        return envs, (*outputs, envs.state.obs)  # a reset state's after truncation, which is not bootstrapped
+    keys = jax.random.split(key, args.batch_size * args.num_minibatches // args.num_envs)
+    envs, (steps, broken, last_obs) = lax.scan(unroll, envs, keys)
+    metrics = {"reward_mean": steps.reward.mean(), "nan_resets": broken.sum(), "u_std": steps.u.std()}
+    return envs, steps, last_obs, metrics | {"u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
+# --- end shared ---
+
+# --- shared: advantages ---
+def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Array, Array]:
+    """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
+
+    No sum crosses a truncated step: its advantage is 0, its target its own value, so it teaches nothing. The
+    advantage is r + gamma * target' - value, whose tail weighs gamma, not gamma * lambda.
+    """
+    going_on, value = 1.0 - truncated, lax.stop_gradient(value)
+    delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
+    def backward(acc: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
+        acc = x[0] + args.gamma * args.gae_lambda * x[1] * acc
+        return acc, acc
+    target = value[:-1] + lax.scan(backward, jnp.zeros_like(value[0]), (delta, going_on), reverse=True)[1]
+    next_target = jnp.concatenate([target[1:], value[-1:]])
+    return target, (reward + args.gamma * next_target - value[:-1]) * going_on
+
+def critic_terms(args: "Args", critic: Any, batch: Any, last_obs: Array) -> tuple[Array, dict]:
+    """Normalised advantages (batch_size, T) and the critic's error, by targets of the critic as it is now."""
+    value = mlp(critic, jnp.concatenate([batch.obs, last_obs[:, None]], axis=1))[..., 0].T
+    target, advantage = gae(args, args.reward_scale * batch.reward.T, batch.truncated.T, value)
+    advantage, error = (advantage - advantage.mean()) / (advantage.std() + 1e-8), target - value[:-1]
+    metrics = {"value_loss": jnp.square(error).mean(), "explained_variance": 1 - error.var() / target.var()}
+    return advantage.T, metrics
+
+def clipped_surrogate(args: "Args", log_ratio: Array, advantage: Array) -> dict[str, Array]:
+    """PPO's loss (Eq. 5) of ratios new / old, and how far they went; shapes broadcast."""
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - args.clip_eps, 1 + args.clip_eps)
+    far = {"approx_kl": (ratio - 1 - log_ratio).mean(), "clip_fraction": (clipped != ratio).mean()}
+    return far | {"policy_loss": -jnp.minimum(ratio * advantage, clipped * advantage).mean()}
+# --- end shared ---
+
+def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: Any) -> tuple[Array, dict]:
+    """PPO on the denoising MDP and metrics; all steps of a chain share the environment step's advantage.
+
+    Batch leaves are (batch_size, T, ...), last_obs is (batch_size, obs_dim), observations are normalised.
+    """
+    advantage, metrics = critic_terms(args, params["critic"], batch, last_obs)
+    log_prob = denoising_log_prob(args, params["actor"], batch.obs, batch.drawn["chain"])
+    log_ratio = log_prob - batch.drawn["log_prob"]  # (batch_size, T, denoising_steps)
+    metrics |= clipped_surrogate(args, log_ratio, advantage[..., None])
+    metrics |= {"log_ratio_std": log_ratio.std()}
+    return metrics["policy_loss"] + args.vf_coef * metrics["value_loss"], metrics
+
+# --- shared: update ---
+def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) -> tuple[Any, dict]:
+    """`update_epochs` passes over B unrolls, in new minibatches of whole unrolls each time; see `loss_fn`."""
+    limit, adam = args.max_grad_norm, optax.adam(args.learning_rate)
+    def minibatch_step(agent: Any, x: tuple[Array, Array]) -> tuple[Any, dict]:
+        rows, key = x
+        minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)
+        loss = partial(loss_fn, args=args, batch=minibatch, last_obs=last_obs[rows], key=key)
+        grads, metrics = jax.grad(loss, has_aux=True)(agent.params)
+        scale = jnp.where(limit > 0, jnp.minimum(1.0, limit / optax.tree.norm(grads)), 1.0)
+        params, opt = {}, {}
+        for name, grad in grads.items():
+            step, opt[name] = adam.update(jax.tree.map(lambda g: scale * g, grad), agent.opt[name])
+            params[name] = optax.apply_updates(agent.params[name], step)
+            metrics[f"grad_norm_{name}"] = optax.tree.norm(grad)
+        return agent.replace(params=params, opt=opt), metrics
+    def epoch(agent: Any, key: Array) -> tuple[Any, dict]:
+        rows_key, key = jax.random.split(key)
+        rows = jax.random.permutation(rows_key, len(last_obs)).reshape(args.num_minibatches, args.batch_size)
+        return lax.scan(minibatch_step, agent, (rows, jax.random.split(key, args.num_minibatches)))
+    agent, metrics = lax.scan(epoch, agent, jax.random.split(key, args.update_epochs))
+    return agent, jax.tree.map(jnp.mean, metrics)
+
+def as_unrolls(x: Array) -> Array:
+    """(U, T, N, ...) -> (U * N, T, ...)."""
+    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:])
+# --- end shared ---
+
+# --- shared: random keys and evaluation ---
+INIT, RESET, TRAIN, EVAL_RESET, EVAL_ACT, DECODER = range(6)
+
+def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
+    """The key for a purpose at a point of a run: it depends on the seed, not on how many run beside it."""
+    return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), index)
+
+def evaluate(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array, deterministic: Any) -> Array:
+    """Undiscounted returns (eval_envs,) of one episode each; a NaN state ends its episode."""
+    def step(carry: tuple, key: Array) -> tuple[tuple, None]:
+        envs, running, returns = carry
+        u, _ = act(args, agent, envs.state.obs, key, deterministic)
+        envs, reward, _, broken = step_envs(args, env, envs, u)
+        running &= ~broken
+        return (envs, running, returns + jnp.where(running, reward, 0.0)), None
+    start = envs, jnp.ones(args.eval_envs, bool), jnp.zeros(args.eval_envs)
+    return lax.scan(step, start, jax.random.split(key, args.episode_length))[0][2]
+# --- end shared ---
+
+@struct.dataclass
+class TrainState:
+    """All that changes in a run. Random keys are not in it: they follow from seed and iteration."""
+    agent: Agent
+    envs: Envs
+
+def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index: Any) -> tuple:
+    """Rollout, update and statistics, for one seed: the next state, and metrics."""
+    agent, (rollout_key, update_key) = state.agent, jax.random.split(derive_key(seed_key, TRAIN, index))
+    envs, steps, last_obs, rollout_metrics = rollout(args, env, agent, state.envs, rollout_key)
+    batch = jax.tree.map(as_unrolls, steps.replace(obs=normalize(agent.stats, steps.obs)))
+    last_obs = normalize(agent.stats, last_obs).reshape(-1, last_obs.shape[-1])
+    agent, metrics = update(args, agent, batch, last_obs, update_key)
+    # Only now do the statistics move: rollout and update saw the same ones, so that every ratio started at 1.
+    agent = agent.replace(stats=merge_stats(agent.stats, steps.obs))
+    return TrainState(agent=agent, envs=envs), metrics | rollout_metrics
+
+# --- shared: run directory ---
+def make_run_dir(args: "Args") -> Path:
+    """Creates runs/<env-id>__<exp-name>__<seed>__<unix time>/, exclusively (on collision -2, -3, ...)."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    for n in count(1):
+        run_dir = Path(args.runs_dir) / (name if n == 1 else f"{name}-{n}")
+        try:
+            (run_dir / "checkpoints").mkdir(parents=True)
+            break
+        except OSError as error:
+            problem = f"{args.runs_dir} ({error.strerror})"
+            require(os.path.exists(run_dir), "runs_dir", problem, "a directory to write to")
+    return run_dir
+
+def write_args(args: "Args", run_dir: Path) -> None:
+    """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
+    failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "mujoco", "mujoco-mjx", "playground", "warp-lang")
+    versions = {package: version(package) for package in packages} | {"python": sys.version.split()[0]}
+    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit}
+    versions["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    (aside := run_dir / "args.tmp").write_text(json.dumps(asdict(args) | {"versions": versions}, indent=1))
+    aside.replace(run_dir / "args.json")
+
+def load_args(run_dir: str) -> "Args":
+    """The arguments of a run of this script; ValueError if there are none."""
+    try:
+        stored = json.loads((Path(run_dir) / "args.json").read_text())
+        if stored.pop("versions")["script"] == Path(__file__).name:
+            return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        pass
+    raise ValueError(f"a run of {Path(__file__).name}, with its args.json")
+
+def log(run_dir: Path, wandb_run: Any, name: str, **columns: Any) -> None:
+    """Appends a row for each seed to a CSV file, and to Weights & Biases; arrays lead with the seeds."""
+    columns = {k: np.broadcast_to(v, len(columns["seed"])).tolist() for k, v in columns.items()}
+    with (run_dir / f"{name}.csv").open("a") as file:
+        rows = zip(*columns.values(), strict=True)
+        lines = [[f"{v:.7g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+        file.writelines(",".join(line) + "\n" for line in (lines if file.tell() else [columns, *lines]))
+    for i, seed in enumerate(columns["seed"]) if wandb_run else ():
+        wandb_run.log({k if k == "step" else f"{name}/{k}/seed_{seed}": v[i] for k, v in columns.items()})
+
+def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
+    """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
+    arrays = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
+    with (aside := path.with_suffix(".tmp")).open("wb") as file:
+        np.savez(file, meta=json.dumps(meta), **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """The tree `like`, of shapes and types, from a file, and the file's meta; ValueError if they differ."""
+    def load(name: tuple, leaf: Any) -> Array:
+        array = file[name := jax.tree_util.keystr(name)]
+        if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
+            raise ValueError(f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}")
+        return jnp.array(array)
+    with np.load(path, allow_pickle=False) as file:
+        return jax.tree.map_with_path(load, like), json.loads(str(file["meta"]))
+
+def save_state(run_dir: Path, step: int, state: Any, **meta: Any) -> None:
+    """A checkpoint to resume from; it and the newest one before it are kept."""
+    meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
+    save_arrays(file := run_dir / "checkpoints" / f"state_{step:012}.npz", state, **meta)
+    for old in sorted(f for f in file.parent.glob("state_*.npz") if f.name <= file.name)[:-2]:
+        old.unlink()  # a damaged one may be newer
+
+def restore(run_dir: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+    """The newest good checkpoint's state and meta, None if there is none; CSV files lose what came after."""
+    state, meta = None, {"done": 0, "stage": 0, "wall_time": 0.0, "bytes": {}}
+    files = sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)
+    for file in files:
+        try:
+            state, meta = load_arrays(file, like)
+            break
+        except Exception as error:
+            print(f"{file}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
+    require(state is not None or not files, "resume", run_dir, "a run with a checkpoint that can be read")
+    for path in run_dir.glob("*.csv"):
+        os.truncate(path, min(path.stat().st_size, meta["bytes"].get(path.name, 0)))
+    return state, meta
+
+def start_wandb(args: "Args", run_dir: Path) -> Any:
+    """The Weights & Biases run of the run directory's name."""
+    import wandb
+    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
+    config = json.loads((run_dir / "args.json").read_text())
+    run = wandb.init(**where, name=run_dir.name, id=run_dir.name, config=config, resume="allow")
+    run.define_metric("*", step_metric="step")
+    return run
+
+def progress_bar(args: "Args", run_dir: Path, done: int, total: int) -> tqdm:
+    """Says what runs where and for how long, of `total` steps a seed; the progress bar."""
+    seeds, device = f"{args.num_seeds} seed(s) from {args.seed}", jax.devices()[0].device_kind
+    print(f"{args.env_id}, {seeds}: {total:,} steps each on {jax.device_count()} x {device}; {run_dir}")
+    if jax.default_backend() == "cpu" and args.preset != "cpu":
+        print(f"On a CPU: {total * args.num_seeds / 1.8e7:.0f} hours at 5000 steps/s. --preset cpu is short.")
+    look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
+    return tqdm(total=total * args.num_seeds, initial=done * args.num_seeds, file=sys.stdout, **look)
+
+def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) -> Any:
+    """A trained policy f(obs, key, deterministic=False) -> u, of raw observations (..., obs_dim).
+
+    The action is tanh(u). By default it is the last step's, of the run's first seed; others: ValueError.
+    """
+    args = load_args(run_dir)
+    files = {int(f.stem.split("_")[1]): f for f in Path(run_dir).glob("checkpoints/policy_*.npz")}
+    seeds, seed = range(args.seed, args.seed + args.num_seeds), args.seed if seed is None else seed
+    step = max(files, default=None) if step is None else step
+    if step not in files or seed not in seeds:
+        raise ValueError(f"{run_dir} has no step {step}, seed {seed}, but steps {sorted(files)}, {seeds}")
+    env, keys = make_env(args), jnp.zeros((len(seeds), 2), jnp.uint32)
+    init = jax.vmap(partial(init_agent, args, env.observation_size, env.action_size))
+    agents, _ = load_arrays(files[step], jax.eval_shape(lambda keys: init(keys).policy(), keys))
+    agent, jitted = jax.tree.map(lambda x: x[seeds.index(seed)], agents), jax.jit(partial(act, args))
+    def policy(obs: Array, key: Array, deterministic: bool = False) -> Array:
+        with jax.default_matmul_precision("highest"):
+            return jitted(agent, obs, key, deterministic)[0]
+    return policy
+# --- end shared ---
+
+def train(args: Args, run_dir: Path) -> None:
+    """Trains all seeds in `run_dir`, from its newest good checkpoint. Each phase compiles once, for all."""
+    env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
+    seed_keys = jax.vmap(jax.random.PRNGKey)(jnp.array(seeds))
+    size, end = args.batch_size * args.num_minibatches * args.unroll_length, iterations(args)
+    iterate = jax.jit(jax.vmap(partial(iteration, args, env), in_axes=(0, 0, None)), donate_argnums=0)
+    episodes = jax.jit(jax.vmap(partial(evaluate, args, env), in_axes=(0, 0, 0, None)))
+    init = jax.jit(jax.vmap(partial(init_agent, args, env.observation_size, env.action_size)))
+    reset = jax.jit(lambda n, keys: jax.vmap(partial(reset_envs, env, n))(keys), static_argnums=0)
+    keys = partial(jax.jit(jax.vmap(derive_key, in_axes=(0, None, None))), seed_keys)
+    def begin() -> TrainState:
+        return TrainState(init(keys(INIT, 0)), reset(args.num_envs, keys(RESET, 0)))
+    def returns(agent: Agent, index: int, deterministic: bool) -> np.ndarray:
+        envs = reset(args.eval_envs, keys(EVAL_RESET, index))
+        return np.asarray(episodes(agent, envs, keys(EVAL_ACT, index), deterministic))
+    def evaluation(state: TrainState) -> None:
+        r, now = returns(state.agent, 2 * done, deterministic=True), time.time() - start
+        stats = {f"return_{name}": getattr(r, name)(1) for name in ("mean", "std", "min", "max")}
+        row("eval", step=done * size, stage=0, **stats, wall_time=now)
+        text = ", ".join(f"{mean:.1f} +- {std:.1f}" for mean, std in zip(r.mean(1), r.std(1), strict=True))
+        bar.write(f"step {done * size:,}, {now:.0f} s: return {text}")
+        bar.set_postfix_str(f"return {r.mean():.1f}")
+    state, meta = restore(run_dir, jax.eval_shape(begin))
+    done, start = meta["done"], time.time() - meta["wall_time"]  # done: iterations
+    row = partial(log, run_dir, start_wandb(args, run_dir) if args.track else None, seed=seeds)
+    bar, saved_at = progress_bar(args, run_dir, done * size, end * size), time.time()
+    if state is None:
+        state = begin()
+        evaluation(state)
+    while done < end:
+        began, before = time.time(), done * size
+        state, metrics = iterate(state, seed_keys, done)
+        metrics, done, step = jax.tree.map(np.asarray, metrics), done + 1, before + size
+        clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
+        row("train", step=step, stage=0, **clock, **metrics)
+        bar.update(size * len(seeds))
+        if done == end or step // 60_000_000 > before // 60_000_000:
+            save_arrays(run_dir / "checkpoints" / f"policy_{step}.npz", state.agent.policy())
+        if evaluated := done == end or step // args.eval_every > before // args.eval_every:
+            evaluation(state)
+        if evaluated or time.time() - saved_at > 60 * args.checkpoint_minutes:
+            save_state(run_dir, step, state, done=done, wall_time=time.time() - start)
+            saved_at = time.time()
+    bar.close()
+    print(f"finished: {done * size:,} steps a seed in {time.time() - start:.0f} s; see {run_dir}")
+
+def parse_args() -> Args:
+    """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
+    args = tyro.cli(Args)
+    try:
+        base = Args(preset=args.preset) if args.resume is None else load_args(args.resume)
+    except ValueError as error:
+        require(False, "resume", args.resume, error)
+    base = replace(base, **CPU_PRESET if args.preset == "cpu" and not args.resume else {}, resume=args.resume)
+    args = tyro.cli(Args, default=base)
+    for k, stored in asdict(base).items() if args.resume else ():
+        ok = getattr(args, k) == stored or k.startswith(("track", "wandb", "checkpoint"))
+        ok |= k == "total_timesteps" and args.total_timesteps > stored
+        require(ok, k, getattr(args, k), f"the resumed run's, {stored} (a budget may be longer)")
+    return args
+
+# --- shared: main ---
+def main() -> None:
+    args = parse_args()
+    check(args)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+    require(os.access(run_dir, os.W_OK), "resume", run_dir, "a directory to write to")
+    write_args(args, run_dir)
+    with jax.default_matmul_precision("highest"):  # physics wants full float32, and GPUs default to less
+        train(args, run_dir)
+
+if __name__ == "__main__":
+    main()
+# --- end shared ---
