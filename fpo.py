@@ -3,7 +3,7 @@
 McAllister et al., "Flow Matching Policy Gradients" (2025), in the PPO pipeline of the GoRL paper (App. E.3;
 appendices cited below are that paper's). The method in five lines:
 
-  1. The actor is a velocity field: ten Euler steps take noise (tau = 1) to u (tau = 0); the action is tanh(u).
+  1. The actor is a velocity field: 10 Euler steps take noise (tau = 1) to u (tau = 0) of an action tanh(u).
   2. With each u, 8 pairs (tau, noise) are drawn and kept; the flow-matching loss of u at them is remembered.
   3. For the likelihood ratio, which is intractable, stands exp(old loss - new loss) at the same pairs.
   4. From there on it is PPO: the ratio is clipped, advantages come from a critic by GAE. No entropy bonus.
@@ -228,9 +228,9 @@ def velocity(net: Any, obs: Array, a: Array, t: Array) -> Array:
 def flow_loss(args: Args, actor: Any, obs: Array, u: Array, drawn: dict[str, Array]) -> Array:
     """Flow-matching loss (..., samples_per_action) of u at its pairs (tau, noise); normalised observations.
 
-    The path is x = (1 - tau) u + tau noise, its velocity noise - u; v is the network's output times 0.25. FPO
-    compares the noise with the one that v implies, x + (1 - tau) v: the error is 1 - tau times the velocity's.
-    At tau = 1, where sampling starts, it is 0 for any network, so that the sampler's first step is not trained.
+    The path is x = (1 - tau) u + tau noise, its velocity noise - u; v is the network's output times 0.25.
+    FPO compares the noise to the one v implies, x + (1 - tau) v: the error is 1 - tau times the velocity's.
+    At tau = 1, where sampling starts, it is 0 for any network: the sampler's first step is never trained.
     """
     tau, noise = drawn["tau"], drawn["noise"]
     obs = jnp.broadcast_to(obs[..., None, :], (*noise.shape[:-1], obs.shape[-1]))
@@ -240,7 +240,7 @@ def flow_loss(args: Args, actor: Any, obs: Array, u: Array, drawn: dict[str, Arr
     return jnp.square(weight * (noise - u - v)).mean(-1)
 
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) -> tuple[Array, dict]:
-    """u (..., action_dim) at raw observations, its pairs and their loss; evaluation starts from noise, too."""
+    """u (..., action_dim) at raw observations, its pairs and their loss; evaluation, too, draws noise."""
     actor, obs, keys = agent.params["actor"], normalize(agent.stats, obs), jax.random.split(key, 3)
     taus = 1 - jnp.arange(args.flow_steps) / args.flow_steps  # the end, tau = 0, is no step's start
     def euler_step(x: Array, tau: Array) -> tuple[Array, None]:
