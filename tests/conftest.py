@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import pytest
 from mujoco_playground import State
 
-import gorl_fm_ppo as gorl
+import dppo
+import fpo
+import gorl_diff_ppo
+import gorl_fm_ppo
+import ppo_gaussian
+
+GORL = [gorl_fm_ppo, gorl_diff_ppo]
+SCRIPTS = [*GORL, ppo_gaussian, fpo, dppo]
 
 # Half the compilation time; read when the first array is made, and by child processes.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -73,14 +80,30 @@ def nan_env(request):
     return request.param()
 
 
+def name_of(script):
+    return script.__name__
+
+
+@pytest.fixture(params=SCRIPTS, ids=name_of)
+def script(request):
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def make_args():
-    """Arguments small enough to run in milliseconds on a PointMass."""
+    """Arguments small enough to run in milliseconds on a PointMass, of GoRL(FM) or another script."""
 
-    def make(**changes):
+    def make(script=gorl_fm_ppo, **changes):
         sizes = {"num_envs": 4, "unroll_length": 5, "batch_size": 4, "num_minibatches": 2, "update_epochs": 2}
-        sizes |= {"stage_timesteps": (80, 80, 40, 40), "total_timesteps": 240, "eval_envs": 4}
-        return replace(gorl.Args(), **sizes | {"episode_length": 20} | changes)
+        sizes |= {"total_timesteps": 240, "eval_envs": 4, "episode_length": 20}
+        if script in GORL:  # coefficients as in an iteration: those of its stage
+            sizes |= {
+                "stage_timesteps": (80, 80, 40, 40),
+                "kl_coef": 0.0,
+                "clip_eps": 0.2,
+                "max_grad_norm": 1.0,
+            }
+        return replace(script.Args(), **sizes | changes)
 
     return make
 
@@ -99,13 +122,15 @@ def randomize(tree, key, scale):
 def trained(agent, key):
     """An agent with weights, Adam states and statistics (positive variance and count) as after training."""
     keys, obs_dim = jax.random.split(key, 4), agent.stats.mean.shape
-    stats = gorl.RunningStats(
-        count=jnp.float32(1000),
-        mean=jax.random.normal(keys[0], obs_dim),
-        var=jax.random.uniform(keys[1], obs_dim, minval=0.5, maxval=2.0),
+    mean, var = (
+        jax.random.normal(keys[0], obs_dim),
+        jax.random.uniform(keys[1], obs_dim, minval=0.5, maxval=2.0),
     )
+    stats = agent.stats.replace(count=jnp.float32(1000), mean=mean, var=var)
     params, opt = randomize(agent.params, keys[2], 0.05), randomize(agent.opt, keys[2], 0.05)
     opt = jax.tree.map(lambda x: x + 7 if x.dtype == jnp.int32 else jnp.abs(x), opt)
-    flow = randomize(agent.decoder.flow, keys[3], 0.1)
-    decoder = gorl.Decoder(flow=flow, stats=stats.replace(mean=stats.mean + 0.5))
-    return agent.replace(params=params, opt=opt, stats=stats, decoder=decoder)
+    agent = agent.replace(params=params, opt=opt, stats=stats)
+    if not hasattr(agent, "decoder"):
+        return agent
+    net = randomize(agent.decoder["net"], keys[3], 0.1)
+    return agent.replace(decoder={"net": net, "stats": stats.replace(mean=mean + 0.5)})

@@ -30,7 +30,7 @@ def ring_of(obs, u, envs=4):
 
 def train(args, decoder, ring, epochs):
     pairs = ring["reward"].size
-    opt = optax.adam(args.decoder_learning_rate).init(decoder.flow)
+    opt = optax.adam(args.decoder_learning_rate).init(decoder["net"])
     epoch = jax.jit(partial(gorl.decoder_epoch, args, pairs))
     for key in jax.random.split(KEY, epochs):
         decoder, opt, loss = epoch(decoder, opt, ring, key)
@@ -46,13 +46,13 @@ def test_first_decoder_is_the_identity(make_args, agent):
 
 def test_all_layers_learn(make_args, agent):
     """Otherwise a decoder that starts as the identity stays a linear map, or stays the identity."""
-    assert all(layer["kernel"].any() for layer in agent.decoder.flow[:-1])
+    assert all(layer["kernel"].any() for layer in agent.decoder["net"][:-1])
     args = make_args(decoder_batch_size=16)
     ring = ring_of(jax.random.normal(KEY, (64, OBS)), jax.random.normal(KEY, (64, ACT)) + 1)
     decoder, _ = train(args, agent.decoder, ring, 2)
-    for old, new in zip(agent.decoder.flow, decoder.flow, strict=True):
+    for old, new in zip(agent.decoder["net"], decoder["net"], strict=True):
         assert (old["kernel"] != new["kernel"]).mean() > 0.9 and (old["bias"] != new["bias"]).mean() > 0.9
-    jax.tree.map(np.testing.assert_array_equal, decoder.stats, agent.decoder.stats)
+    jax.tree.map(np.testing.assert_array_equal, decoder["stats"], agent.decoder["stats"])
 
 
 def energy_distance(x, y):
@@ -160,7 +160,7 @@ def test_decode_is_eulers_method(make_args, agent, monkeypatch, steps):
     """Otherwise the flow is followed for the wrong time, from the wrong end or with the wrong statistics."""
     latent, args = jax.random.normal(KEY, (20, ACT)), make_args(decoder_steps=steps)
     obs, decoder = jax.random.normal(KEY, (20, OBS)), trained(agent, KEY).decoder
-    normed = (obs - decoder.stats.mean) / jnp.sqrt(decoder.stats.var)
+    normed = (obs - decoder["stats"].mean) / jnp.sqrt(decoder["stats"].var)
     fields = {
         "growth": (lambda flow, obs, a, t: a, latent * (1 + 1 / steps) ** steps),
         "time": (lambda flow, obs, a, t: t + 0 * a, latent + (steps - 1) / (2 * steps)),

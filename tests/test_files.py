@@ -195,13 +195,14 @@ def test_a_longer_budget_on_resuming(finished, run, tmp_path):
 
 def test_coefficients_of_stages(run, tmp_path, monkeypatch):
     """Otherwise a stage trains with another stage's clip range, gradient norm or beta."""
-    iteration = gorl.iteration
+    update = gorl.update
 
-    def logged(args, env, state, seed_key, index, coefs):
-        state, metrics = iteration(args, env, state, seed_key, index, coefs)
-        return state, metrics | coefs
+    def logged(args, *x):
+        coefs = {name: getattr(args, name) for name in ("clip_eps", "kl_coef", "max_grad_norm")}
+        agent, metrics = update(args, *x)
+        return agent, metrics | coefs
 
-    monkeypatch.setattr(gorl, "iteration", logged)
+    monkeypatch.setattr(gorl, "update", logged)
     run(*TINY, "--runs-dir", tmp_path, "--max-grad-norm", "0.5")
     rows = table(next(tmp_path.iterdir()), "train")[::2]
     got = [tuple(float(r[k]) for k in ("stage", "clip_eps", "kl_coef", "max_grad_norm")) for r in rows]
@@ -224,8 +225,8 @@ def test_decoder_training_of_each_stage(run, tmp_path, monkeypatch):
     assert pairs_seen == [60, 40] and len(calls) == 6  # traced for stages of 80 and of 40 steps
     assert len({tuple(key.ravel().tolist()) for *_, key in calls}) == 6
     assert [int(opt[0].count.item()) for _, opt, _ in calls] == [0, 3, 0, 3, 0, 2]
-    assert [d.stats.count.item() for d, *_ in calls] == [80, 80, 160, 160, 200, 200]
-    last = [decoder.flow[-1]["kernel"] for decoder, *_ in calls]
+    assert [d["stats"].count.item() for d, *_ in calls] == [80, 80, 160, 160, 200, 200]
+    last = [decoder["net"][-1]["kernel"] for decoder, *_ in calls]
     assert [kernel.any() for kernel in last] == [
         False,
         True,
