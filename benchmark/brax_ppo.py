@@ -2,8 +2,8 @@
 
     python benchmark/brax_ppo.py --runs-dir results/brax_ppo_cheetah_run --seeds 1 2 3
 
-Brax 0.14.2's `train` calls `jax.device_put_replicated`, which JAX 0.10 no longer has: it needs an environment of
-its own, `pip install jax==0.9.2 brax==0.14.2 playground==0.2.0 mujoco==3.17.0 mujoco-mjx==3.17.0
+Brax 0.14.2's `train` calls `jax.device_put_replicated`, which JAX 0.10 no longer has: it needs an environment
+of its own, `pip install jax==0.9.2 brax==0.14.2 playground==0.2.0 mujoco==3.17.0 mujoco-mjx==3.17.0
 warp-lang==1.19.0 tyro`.
 
 A run writes `<runs-dir>/seed_<seed>/eval.csv` with the columns of the scripts, and `args.json`.
