@@ -1,4 +1,4 @@
-"""Brax's own PPO with the hyperparameters of `ppo_gaussian.py --preset cpu`, for learning curves side by side.
+"""Brax's own PPO with the hyperparameters of `ppo_gaussian.py --preset cpu`, to compare learning curves.
 
     python benchmark/brax_ppo.py --runs-dir results/brax_ppo_cheetah_run --seeds 1 2 3
 

@@ -10,28 +10,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PointMass
+from conftest import GORL, SCRIPTS, PointMass, name_of
 
-import gorl_fm_ppo as gorl
+import gorl_fm_ppo
 
 TREE = {"net": [{"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}], "count": np.int32(7)}
 LIKE = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, TREE))
-TINY = (
+COMMON = (
     "--num-envs 4 --batch-size 4 --num-minibatches 2 --unroll-length 5 --update-epochs 2 --num-seeds 2 "
-    "--stage-timesteps 80 80 40 40 --eval-every 40 --eval-envs 3 --episode-length 20 --decoder-epochs 2 "
-    "--decoder-buffer-size 60 --decoder-batch-size 16 --clip-eps 0.1 0.2 --kl-coef 1 2 3"
+    "--total-timesteps 240 --eval-every 40 --eval-envs 3 --episode-length 20"
 ).split()
+STAGES = (
+    "--stage-timesteps 80 80 40 40 --decoder-epochs 2 --decoder-buffer-size 60 --decoder-batch-size 16 "
+    "--clip-eps 0.1 0.2 --kl-coef 1 2 3"
+).split()
+TINY = [*COMMON, *STAGES]
+TABLES = "eval", "train", "decoder", "refine"
 
 
 @pytest.fixture
 def saved(tmp_path):
-    gorl.save_arrays(tmp_path / "x.npz", TREE, done=3, bytes={"eval.csv": 5})
+    gorl_fm_ppo.save_arrays(tmp_path / "x.npz", TREE, done=3, bytes={"eval.csv": 5})
     return tmp_path / "x.npz"
 
 
 def test_arrays_round_trip(saved):
     """Otherwise resuming or loading a policy changes its numbers."""
-    tree, meta = gorl.load_arrays(saved, LIKE)
+    tree, meta = gorl_fm_ppo.load_arrays(saved, LIKE)
     jax.tree.map(np.testing.assert_array_equal, tree, TREE)
     assert jax.tree.map(lambda x: x.dtype, tree) == jax.tree.map(lambda x: x.dtype, LIKE)
     assert meta == {"done": 3, "bytes": {"eval.csv": 5}} and [f.name for f in saved.parent.iterdir()] == [
@@ -45,7 +50,7 @@ def test_no_damaged_byte_changes_a_number(saved):
     for i in range(len(content)):
         saved.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
         try:
-            tree, meta = gorl.load_arrays(saved, LIKE)
+            tree, meta = gorl_fm_ppo.load_arrays(saved, LIKE)
         except Exception:
             raised += 1
         else:  # a date or another byte that nothing is read from
@@ -60,7 +65,7 @@ def test_truncated_file_raises(saved, kept):
     content = saved.read_bytes()
     saved.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(Exception, match=r"."):
-        gorl.load_arrays(saved, LIKE)
+        gorl_fm_ppo.load_arrays(saved, LIKE)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +74,9 @@ def test_truncated_file_raises(saved, kept):
 def test_another_networks_file_raises(saved, leaf):
     """Otherwise the message does not say what differs, or weights are broadcast."""
     with pytest.raises(ValueError, match=r"net.*kernel.*float32\(2, 3\)"):
-        gorl.load_arrays(saved, LIKE | {"net": [{"kernel": leaf}]})
+        gorl_fm_ppo.load_arrays(saved, LIKE | {"net": [{"kernel": leaf}]})
     with pytest.raises((KeyError, ValueError)):
-        gorl.load_arrays(saved, LIKE | {"more": LIKE["count"]})
+        gorl_fm_ppo.load_arrays(saved, LIKE | {"more": LIKE["count"]})
 
 
 class Exploit:
@@ -92,108 +97,179 @@ def test_pickles_are_refused(saved):
         for other, content in others.items():
             file.writestr(other, content)
     with pytest.raises(ValueError, match="allow_pickle"):
-        gorl.load_arrays(saved, LIKE)
+        gorl_fm_ppo.load_arrays(saved, LIKE)
 
 
 # --- the training loop ---
 
 
-@pytest.fixture
-def run(monkeypatch):
+def run(script, *arguments, kill_after=None):
     """main() on a PointMass; a killed run ends after that many checkpoints."""
+    saves, save = [], script.save_arrays
 
-    def main(*arguments, kill_after=None):
-        saves, save = [], gorl.save_arrays
+    def save_and_die(path, *tree, **meta):
+        save(path, *tree, **meta)
+        saves.append(path) if path.stem.startswith("state") else None
+        if len(saves) == kill_after:
+            raise KeyboardInterrupt
 
-        def save_and_die(path, *tree, **meta):
-            save(path, *tree, **meta)
-            saves.append(path) if path.stem.startswith("state") else None
-            if len(saves) == kill_after:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(gorl, "make_env", lambda args: PointMass())
-            patch.setattr(gorl, "save_arrays", save_and_die)
-            patch.setattr(sys, "argv", ["gorl_fm_ppo.py", *map(str, arguments)])
-            gorl.main()
-
-    return main
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    runs = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gorl, "make_env", lambda args: PointMass())
-        patch.setattr(sys, "argv", ["gorl_fm_ppo.py", *TINY, "--runs-dir", str(runs)])
-        gorl.main()
-    return next(runs.iterdir())
+        patch.setattr(script, "make_env", lambda args: PointMass())
+        patch.setattr(script, "save_arrays", save_and_die)
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        script.main()
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=name_of)
+def finished(request, tmp_path_factory):
+    """A script, its tiny arguments and the directory of its finished run."""
+    script, runs = request.param, tmp_path_factory.mktemp("runs")
+    tiny = TINY if script in GORL else COMMON
+    run(script, *tiny, "--runs-dir", runs)
+    return script, tiny, next(runs.iterdir())
 
 
 def table(run_dir, name):
+    if not (run_dir / f"{name}.csv").exists():
+        return []
     with (run_dir / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
     return [{k: v for k, v in row.items() if "time" not in k and "sps" not in k} for row in rows]
 
 
 def same_tables(a, b):
-    for name in ("eval", "train", "decoder", "refine"):
+    for name in TABLES:
         assert table(a, name) == table(b, name)
 
 
+def test_files_of_a_finished_run(finished):
+    """Otherwise plots and tools cannot read all methods' runs alike."""
+    script, _, run_dir = finished
+    evals, train = table(run_dir, "eval"), table(run_dir, "train")
+    assert [int(row["step"]) for row in evals if row["seed"] == "1"] == list(range(0, 241, 40))
+    assert len(train) == 12 and list(train[0])[:3] == ["seed", "step", "stage"]
+    stages = [int(row["stage"]) for row in train if row["seed"] == "2"]
+    assert stages == ([0, 0, 1, 1, 2, 3] if script in GORL else [0] * 6)
+    assert all(np.isfinite(float(v)) for row in train + evals for v in row.values())
+    want = {"approx_kl", "clip_fraction", "explained_variance", "nan_resets", "u_std"}
+    assert want <= set(train[0])
+    policies = {f.name for f in run_dir.glob("checkpoints/policy_*")}
+    steps = (80, 160, 200, 240) if script in GORL else (240,)
+    assert policies == {f"policy_{step}.npz" for step in steps}
+    assert bool(table(run_dir, "decoder")) == (script in GORL)
+    stored = json.loads((run_dir / "args.json").read_text(), parse_constant=pytest.fail)  # no Infinity
+    assert stored["versions"]["script"] == f"{script.__name__}.py"
+
+
+def test_policies_of_a_finished_run(finished, monkeypatch):
+    """Otherwise a saved policy acts differently from the trained one, or not at all."""
+    script, _, run_dir = finished
+    monkeypatch.setattr(script, "make_env", lambda args: PointMass())
+    keys, obs = jax.random.split(jax.random.PRNGKey(0)), np.random.default_rng(0).normal(size=(2, 3, 3))
+    policy, obs = script.load_policy(str(run_dir)), jnp.array(obs, jnp.float32)
+    u = policy(obs, keys[0], deterministic=True)
+    assert u.shape == (2, 3, 2)
+    np.testing.assert_array_equal(u, policy(obs, keys[0], deterministic=True))
+    draws_start_noise = script.__name__ in ("fpo", "dppo")
+    assert np.array_equal(u, policy(obs, keys[1], deterministic=True)) != draws_start_noise
+    assert not np.allclose(policy(obs, keys[1]), policy(obs, keys[0]))
+    assert not np.allclose(u, script.load_policy(str(run_dir), seed=2)(obs, keys[0], True))
+    for wrong in ({"step": 161}, {"seed": 3}):
+        with pytest.raises(ValueError, match="240"):
+            script.load_policy(str(run_dir), **wrong)
+
+
 @pytest.mark.parametrize("kill_after", [1, 2, 3, 4])
-def test_resuming_at_every_checkpoint(finished, run, tmp_path, kill_after):
+def test_resuming_at_every_checkpoint(finished, tmp_path, kill_after):
     """Otherwise what a run computes depends on where it was killed."""
+    script, tiny, finished_dir = finished
     with pytest.raises(KeyboardInterrupt):
-        run(*TINY, "--runs-dir", tmp_path, kill_after=kill_after)
+        run(script, *tiny, "--runs-dir", tmp_path, kill_after=kill_after)
     run_dir = next(tmp_path.iterdir())
-    run("--resume", run_dir)
-    same_tables(run_dir, finished)
-    last = [d / "checkpoints" / "policy_240.npz" for d in (run_dir, finished)]
+    run(script, "--resume", run_dir)
+    same_tables(run_dir, finished_dir)
+    last = [d / "checkpoints" / "policy_240.npz" for d in (run_dir, finished_dir)]
     with np.load(last[0]) as a, np.load(last[1]) as b:
         assert a.files == b.files and all((a[name] == b[name]).all() for name in a.files)
 
 
-def test_damaged_checkpoints(finished, run, tmp_path, capsys):
+def test_damaged_checkpoints(finished, tmp_path, capsys):
     """Otherwise a half-written file costs the whole run, or a run with no good file silently starts again."""
-    run_dir = shutil.copytree(finished, tmp_path / "run")
+    script, _, finished_dir = finished
+    run_dir = shutil.copytree(finished_dir, tmp_path / "run")
     new = max(run_dir.glob("checkpoints/state_*.npz"))
     new.write_bytes(new.read_bytes()[:-100])
-    run("--resume", run_dir)
+    run(script, "--resume", run_dir)
     assert new.name in capsys.readouterr().err
-    same_tables(run_dir, finished)
+    same_tables(run_dir, finished_dir)
     for file in run_dir.glob("checkpoints/state_*.npz"):
         file.write_bytes(b"")
     before = (run_dir / "eval.csv").read_bytes()
     with pytest.raises(SystemExit) as stopped:
-        run("--resume", run_dir)
+        run(script, "--resume", run_dir)
     assert stopped.value.code == 2 and "--resume" in capsys.readouterr().err
     assert (run_dir / "eval.csv").read_bytes() == before
 
 
-def test_killed_before_the_first_checkpoint(finished, run, tmp_path):
+def test_killed_before_the_first_checkpoint(finished, tmp_path):
     """Otherwise --resume of such a run fails, or doubles the rows of step 0."""
-    run_dir = shutil.copytree(finished, tmp_path / "run")
+    script, _, finished_dir = finished
+    run_dir = shutil.copytree(finished_dir, tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints").mkdir()
-    run("--resume", run_dir)
-    same_tables(run_dir, finished)
+    run(script, "--resume", run_dir)
+    same_tables(run_dir, finished_dir)
 
 
-def test_a_longer_budget_on_resuming(finished, run, tmp_path):
+def test_a_longer_budget_on_resuming(finished, tmp_path):
     """Otherwise a finished run that is prolonged is not the longer run from the start."""
-    run_dir = shutil.copytree(finished, tmp_path / "run")
-    run("--resume", run_dir, "--total-timesteps", 320)
-    longer = [*TINY]
-    at = longer.index("--stage-timesteps")
-    longer[at + 1 : at + 5] = ["80", "80", "40", "120"]
-    run(*longer, "--runs-dir", tmp_path / "runs")
+    script, tiny, finished_dir = finished
+    run_dir = shutil.copytree(finished_dir, tmp_path / "run")
+    run(script, "--resume", run_dir, "--total-timesteps", 320)
+    longer = ["--total-timesteps", "320"]
+    if script in GORL:
+        longer += ["--stage-timesteps", "80", "80", "40", "120"]
+    run(script, *tiny, *longer, "--runs-dir", tmp_path / "runs")
     rows = [row for row in table(next((tmp_path / "runs").iterdir()), "train") if int(row["step"]) > 240]
     assert [row for row in table(run_dir, "train") if int(row["step"]) > 240] == rows and len(rows) == 4
-    assert json.loads((run_dir / "args.json").read_text())["stage_timesteps"] == [80, 80, 40, 120]
+    stored = json.loads((run_dir / "args.json").read_text())
+    assert stored["total_timesteps"] == 320
+    assert stored.get("stage_timesteps", [80, 80, 40, 120]) == [80, 80, 40, 120]
 
 
-def test_coefficients_of_stages(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "change", ["--gamma 0.9", "--num-seeds 3", "--total-timesteps 200", "--clip-eps 0.4"]
+)
+def test_resuming_with_other_arguments(finished, change, monkeypatch, capsys):
+    """Otherwise one run's log mixes two settings."""
+    script, _, run_dir = finished
+    monkeypatch.setattr(sys, "argv", ["x.py", "--resume", str(run_dir), *change.split()])
+    with pytest.raises(SystemExit) as stopped:
+        script.parse_args()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and change.split()[0] in error and error.count("\n") == 1
+
+
+def test_another_scripts_run_is_refused(finished, monkeypatch, capsys):
+    """Otherwise a run goes on with another method's weights, or ends in a traceback."""
+    script, _, run_dir = finished
+    for other in SCRIPTS:
+        monkeypatch.setattr(sys, "argv", ["x.py", "--resume", str(run_dir)])
+        if other is script:
+            assert other.parse_args().resume == str(run_dir)
+            continue
+        with pytest.raises(SystemExit) as stopped:
+            other.parse_args()
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and "--resume" in error and other.__name__ in error
+
+
+@pytest.fixture(params=GORL, ids=name_of)
+def gorl(request):
+    return request.param
+
+
+def test_coefficients_of_stages(gorl, tmp_path, monkeypatch):
     """Otherwise a stage trains with another stage's clip range, gradient norm or beta."""
     update = gorl.update
 
@@ -203,14 +279,14 @@ def test_coefficients_of_stages(run, tmp_path, monkeypatch):
         return agent, metrics | coefs
 
     monkeypatch.setattr(gorl, "update", logged)
-    run(*TINY, "--runs-dir", tmp_path, "--max-grad-norm", "0.5")
+    run(gorl, *TINY, "--runs-dir", tmp_path, "--max-grad-norm", "0.5")
     rows = table(next(tmp_path.iterdir()), "train")[::2]
     got = [tuple(float(r[k]) for k in ("stage", "clip_eps", "kl_coef", "max_grad_norm")) for r in rows]
     stages = {0: (0.1, 1), 1: (0.2, 2), 2: (0.2, 3), 3: (0.2, 3)}
     assert got == [(s, *stages[s], 0.5) for s in (0, 0, 1, 1, 2, 3)]
 
 
-def test_decoder_training_of_each_stage(run, tmp_path, monkeypatch):
+def test_decoder_training_of_each_stage(gorl, tmp_path, monkeypatch):
     """Otherwise a refinement sees stale pairs or statistics, repeats its noise, or keeps Adam's state."""
     calls, pairs_seen, decoder_epoch = [], [], gorl.decoder_epoch
 
@@ -220,7 +296,7 @@ def test_decoder_training_of_each_stage(run, tmp_path, monkeypatch):
         return decoder_epoch(args, pairs, decoder, opt, ring, key)
 
     monkeypatch.setattr(gorl, "decoder_epoch", epoch)
-    run(*TINY, "--runs-dir", tmp_path, "--num-seeds", 1)
+    run(gorl, *TINY, "--runs-dir", tmp_path, "--num-seeds", 1)
     jax.effects_barrier()
     assert pairs_seen == [60, 40] and len(calls) == 6  # traced for stages of 80 and of 40 steps
     assert len({tuple(key.ravel().tolist()) for *_, key in calls}) == 6
