@@ -8,26 +8,27 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import GORL, SCRIPTS, name_of
 
+import fpo
 import gorl_fm_ppo as gorl
 
-ROOT = Path(gorl.__file__).parent
-SCRIPT = ROOT / "gorl_fm_ppo.py"
-TINY = (
+COMMON = (
     "--env-id CheetahRun --num-envs 8 --batch-size 4 --num-minibatches 4 --unroll-length 5 --update-epochs 2 "
-    "--stage-timesteps 160 160 80 80 --eval-every 80 --eval-envs 8 --episode-length 20 --decoder-epochs 2 "
-    "--decoder-buffer-size 120 --decoder-batch-size 16"
+    "--total-timesteps 480 --eval-every 80 --eval-envs 8 --episode-length 20"
 ).split()
+STAGES = (
+    "--stage-timesteps 160 160 80 80 --decoder-epochs 2 --decoder-buffer-size 120 --decoder-batch-size 16"
+).split()
+TINY = [*COMMON, *STAGES]
 
 
-def script(*arguments, timeout=600, **environment):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+def run(script, *arguments, timeout=600, **environment):
+    command = [sys.executable, script.__file__, *map(str, arguments)]
     env = os.environ | environment
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
 
@@ -46,7 +47,7 @@ def without_clock(run_dir, name):
 def finished(tmp_path_factory):
     """An uninterrupted tiny run with two seeds, its directory and its output."""
     runs = tmp_path_factory.mktemp("runs")
-    done = script(*TINY, "--num-seeds", 2, "--runs-dir", runs, JAX_LOG_COMPILES="1")
+    done = run(gorl, *TINY, "--num-seeds", 2, "--runs-dir", runs, JAX_LOG_COMPILES="1")
     assert done.returncode == 0, done.stderr[-3000:]
     return next(runs.iterdir()), done
 
@@ -54,79 +55,112 @@ def finished(tmp_path_factory):
 # --- arguments ---
 
 
-def test_help_needs_no_device():
+def test_help_needs_no_device(script):
     """Otherwise reading the help takes a free GPU, or fails without one."""
     start = time.time()
-    done = script("--help", JAX_PLATFORMS="none_such")
-    assert done.returncode == 0 and "--env-id" in done.stdout
+    done = run(script, "--help", JAX_PLATFORMS="none_such")
+    assert done.returncode == 0
+    for argument in script.Args.__dataclass_fields__:
+        assert f"--{argument.replace('_', '-')}" in done.stdout
     assert time.time() - start < 30  # 10 s on an idle machine
 
 
-BAD = {
-    "env-id": "--env-id HopperFly",
-    "total-timesteps": "--total-timesteps 1000000",
-    "batch-size": "--batch-size 1000",
-    "num-envs": "--num-envs 0",
-    "unroll-length": "--unroll-length -3",
-    "eval-envs": "--eval-envs 0",
-    "gamma": "--gamma 1.5",
-    "gae-lambda": "--gae-lambda nan",
-    "learning-rate": "--learning-rate 0",
-    "seed": "--seed -1",
-    "clip-eps": "--clip-eps 0.1 0",
-    "kl-coef": "--kl-coef -1e-3",
-    "max-grad-norm": "--max-grad-norm nan",
-    "decoder-batch-size": "--decoder-batch-size 100000000",
-    "decoder-buffer-size": "--decoder-buffer-size 100 --decoder-batch-size 10",
-    "exp-name": "--exp-name a/b",
-    "resume": "--resume no-such-run",
-    "stage-timesteps": "--stage-timesteps 60000000 1000",
+BAD = [  # the argument that the message names, and the command line
+    ("env-id", "--env-id HopperFly"),
+    ("env-id", "--env-id ReacherEasy"),
+    ("total-timesteps", "--total-timesteps 400000"),
+    ("total-timesteps", "--total-timesteps -1"),
+    ("batch-size", "--batch-size 1000"),
+    ("num-envs", "--num-envs 0"),
+    ("unroll-length", "--unroll-length -3"),
+    ("eval-envs", "--eval-envs 0"),
+    ("gamma", "--gamma 1.5"),
+    ("gamma", "--gamma 0"),
+    ("gae-lambda", "--gae-lambda nan"),
+    ("learning-rate", "--learning-rate 0"),
+    ("learning-rate", "--learning-rate inf"),
+    ("seed", "--seed -1"),
+    ("clip-eps", "--clip-eps 0"),
+    ("max-grad-norm", "--max-grad-norm nan"),
+    ("max-grad-norm", "--max-grad-norm -1"),
+    ("exp-name", "--exp-name a/b"),
+    ("resume", "--resume no-such-run"),
+    ("resume", "--resume="),
+]
+BAD_OF = {
+    "gorl_fm_ppo": [
+        ("clip-eps", "--clip-eps 0.1 0"),
+        ("kl-coef", "--kl-coef -1e-3"),
+        ("decoder-batch-size", "--decoder-batch-size 100000000"),
+        ("decoder-buffer-size", "--decoder-buffer-size 100 --decoder-batch-size 10"),
+        ("decoder-steps", "--decoder-steps 0"),
+        ("stage-timesteps", "--stage-timesteps 60000000 1000"),
+        ("stage-timesteps", "--stage-timesteps"),
+        ("total-timesteps", "--stage-timesteps 60000000 60000000 --total-timesteps 70000000"),
+        ("total-timesteps", "--stage-timesteps 60000000 60000000 --total-timesteps 180000000"),
+    ],
+    "fpo": [
+        ("ent-coef", "--ent-coef 0.01"),
+        ("flow-steps", "--flow-steps 0"),
+        ("samples-per-action", "--samples-per-action 0"),
+    ],
+    "dppo": [
+        ("ent-coef", "--ent-coef 0.01"),
+        ("denoising-steps", "--denoising-steps 0"),
+        ("denoising-std", "--denoising-std 0"),
+    ],
 }
+BAD_OF["gorl_diff_ppo"] = BAD_OF["gorl_fm_ppo"]
+CASES = [(s, *case) for s in SCRIPTS for case in [*BAD, *BAD_OF.get(s.__name__, [])]]
 
 
-@pytest.mark.parametrize(
-    "argument",
-    [*BAD, "gamma 0", "total -1", "no resume", "stages empty", "stages against total", "default total"],
-)
-def test_wrong_arguments(argument, monkeypatch, capsys):
+@pytest.mark.parametrize(("script", "argument", "line"), CASES, ids=lambda x: getattr(x, "__name__", x))
+def test_wrong_arguments(script, argument, line, monkeypatch, capsys):
     """Otherwise a typo costs a compilation, or a day, and ends in a traceback."""
-    more = {
-        "gamma 0": "--gamma 0",
-        "total -1": "--total-timesteps -1",
-        "no resume": "--resume=",
-        "stages empty": "--stage-timesteps",
-        "stages against total": "--stage-timesteps 60000000 60000000 --total-timesteps 70000000",
-        "default total": "--stage-timesteps 60000000 60000000 --total-timesteps 180000000",
-    }
-    monkeypatch.setattr(sys, "argv", ["gorl_fm_ppo.py", *(BAD | more)[argument].split()])
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *line.split()])
     monkeypatch.setattr(jax, "jit", None)  # nothing may compile
     with pytest.raises(SystemExit) as stopped:
-        gorl.check(gorl.parse_args())
+        script.check(script.parse_args())
     error = capsys.readouterr().err
-    names = {"gamma 0": "gamma", "stages empty": "stage-timesteps", "no resume": "resume"}
-    name = names.get(argument, "total-timesteps" if " " in argument else argument)
-    assert stopped.value.code == 2 and f"--{name}" in error and error.count("\n") == 1
+    assert stopped.value.code == 2 and f"--{argument}" in error and error.count("\n") == 1
+    assert error.startswith(f"{script.__name__}.py: ") and "takes" in error
 
 
 def test_wrong_arguments_in_the_shell(tmp_path):
     """Otherwise the checks work only when called by hand."""
     (tmp_path / "file").write_text("")
-    cases = [("--env-id", "X"), ("--runs-dir", tmp_path / "file"), ("--preset", "gpu")]
-    for case in cases:
-        done = script(*case)
+    cases = [(gorl, "--env-id", "X"), (gorl, "--runs-dir", tmp_path / "file"), (fpo, "--ratio", "mean")]
+    for script, *case in cases:
+        done = run(script, *case)
         assert done.returncode == 2 and case[0] in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
 
 
-def test_presets_and_explicit_arguments(monkeypatch):
+def test_presets_and_explicit_arguments(script, monkeypatch):
     """Otherwise `--preset cpu --env-id X` does not mean what it says."""
-    monkeypatch.setattr(sys, "argv", ["gorl_fm_ppo.py", "--preset", "cpu", "--num-envs", "64", "--seed", "7"])
-    args = gorl.parse_args()
+    monkeypatch.setattr(sys, "argv", ["x.py", "--preset", "cpu", "--num-envs", "64", "--seed", "7"])
+    args = script.parse_args()
     assert (args.preset, args.env_id, args.num_envs, args.seed) == ("cpu", "CheetahRun", 64, 7)
-    monkeypatch.setattr(sys, "argv", ["gorl_fm_ppo.py"])
-    args = gorl.parse_args()
-    assert args.stage_timesteps == (60_000_000, 60_000_000, 30_000_000, 30_000_000)
-    gorl.check(args)
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    args = script.parse_args()
+    assert args.total_timesteps == 180_000_000
+    if script in GORL:
+        assert args.stage_timesteps == (60_000_000, 60_000_000, 30_000_000, 30_000_000)
+    else:
+        assert script.iterations(args) == 183
+    script.check(args)
+
+
+PAPER = ["CheetahRun", "FingerSpin", "FingerTurnHard", "FishSwim", "HopperStand", "WalkerWalk"]
+
+
+@pytest.mark.parametrize("env_id", PAPER)
+def test_the_papers_commands(script, env_id, monkeypatch):
+    """Otherwise a command of the README is refused, or trains fewer steps than the paper."""
+    monkeypatch.setattr(sys, "argv", ["x.py", "--env-id", env_id, "--seed", "3"])
+    args = script.parse_args()
+    script.check(args)
+    assert (args.env_id, args.seed, args.num_envs, args.total_timesteps) == (env_id, 3, 2048, 180_000_000)
 
 
 # --- a run ---
@@ -162,6 +196,22 @@ def test_files_of_a_run(finished):
     assert "On a CPU" in done.stdout and "--preset cpu" in done.stdout and "steps/s" in done.stdout
 
 
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s is not gorl], ids=name_of)
+def test_a_run_of_the_other_scripts(script, tmp_path):
+    """Otherwise a method runs on the tests' toy environments only."""
+    tiny = TINY if script in GORL else COMMON
+    done = run(script, *tiny, "--runs-dir", tmp_path, JAX_LOG_COMPILES="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    run_dir = next(tmp_path.iterdir())
+    assert re.fullmatch(rf"CheetahRun__{script.__name__}__1__\d+", run_dir.name)
+    assert [int(r["step"]) for r in rows(run_dir, "eval")] == list(range(0, 481, 80))
+    assert all(np.isfinite(float(v)) for row in rows(run_dir, "train") for v in row.values())
+    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", done.stderr)
+    assert compiled.count("iteration") == 1 and compiled.count("evaluate") == 1
+    u = script.load_policy(str(run_dir))(np.zeros((4, 17), np.float32), jax.random.PRNGKey(0))
+    assert u.shape == (4, 6) and np.isfinite(u).all()
+
+
 def test_everything_compiles_once(finished):
     """Otherwise each run pays for the physics' compilation twice."""
     compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", finished[1].stderr)
@@ -174,47 +224,17 @@ def test_seeds_differ(finished):
     assert all(a["reward_mean"] != b["reward_mean"] for a, b in zip(train[::2], train[1::2], strict=True))
 
 
-def test_load_policy(finished):
-    """Otherwise a saved policy acts differently from the trained one, or not at all."""
-    run_dir = str(finished[0])
-    policy, obs = (
-        gorl.load_policy(run_dir),
-        np.random.default_rng(0).normal(size=(2, 3, 17)).astype(np.float32),
-    )
-    keys = jax.random.split(jax.random.PRNGKey(0))
-    u = policy(obs, keys[0], deterministic=True)
-    assert u.shape == (2, 3, 6)
-    np.testing.assert_array_equal(u, policy(obs, keys[1], deterministic=True))
-    assert not np.allclose(u, policy(obs, keys[0]))
-    np.testing.assert_allclose(policy(obs[1, 2], keys[0], True), u[1, 2], atol=1e-5)
-    assert not np.allclose(u, gorl.load_policy(run_dir, seed=2)(obs, keys[0], True))
-    assert not np.allclose(u, gorl.load_policy(run_dir, step=160)(obs, keys[0], True))
-    for wrong in ({"step": 161}, {"seed": 3}):
-        with pytest.raises(ValueError, match="480"):
-            gorl.load_policy(run_dir, **wrong)
-
-
 def test_resuming_what_is_finished(finished):
     """Otherwise a restarted job trains again, or fails."""
     before = (finished[0] / "eval.csv").read_text()
-    done = script("--resume", finished[0])
+    done = run(gorl, "--resume", finished[0])
     assert done.returncode == 0 and "finished" in done.stdout
     assert (finished[0] / "eval.csv").read_text() == before
 
 
-def test_resuming_with_other_arguments(finished, monkeypatch, capsys):
-    """Otherwise one run's log mixes two settings."""
-    for change in ("--gamma 0.9", "--num-seeds 3", "--stage-timesteps 80 160 80 80", "--total-timesteps 400"):
-        monkeypatch.setattr(sys, "argv", ["gorl_fm_ppo.py", "--resume", str(finished[0]), *change.split()])
-        with pytest.raises(SystemExit) as stopped:
-            gorl.parse_args()
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and change.split()[0] in error and error.count("\n") == 1
-
-
 def test_kill_and_resume(finished, tmp_path):
     """Otherwise a killed run loses or doubles rows, or goes on differently from one that was not killed."""
-    command = [sys.executable, str(SCRIPT), *TINY, "--num-seeds", "2", "--runs-dir", str(tmp_path)]
+    command = [sys.executable, gorl.__file__, *TINY, "--num-seeds", "2", "--runs-dir", str(tmp_path)]
     for kill_at in ("checkpoints/state_000000000080.npz", "checkpoints/state_000000000400.npz"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not list(tmp_path.glob(f"*/{kill_at}")):
@@ -223,14 +243,14 @@ def test_kill_and_resume(finished, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         run_dir = next(tmp_path.iterdir())
-        command = [sys.executable, str(SCRIPT), "--resume", str(run_dir)]
+        command = [sys.executable, gorl.__file__, "--resume", str(run_dir)]
     with (run_dir / "train.csv").open("a") as file:
         file.write("1,480,3,99")  # a row cut off in the middle
     newest = max(run_dir.glob("checkpoints/state_*.npz"))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    done = script("--resume", run_dir)
+    done = run(gorl, "--resume", run_dir)
     assert done.returncode == 0, done.stderr[-3000:]
     assert newest.name in done.stderr and "damaged" in done.stderr
     for name in ("eval", "train", "decoder", "refine"):
@@ -242,36 +262,7 @@ def test_more_stages_on_resuming_and_tracking(finished, tmp_path):
     pytest.importorskip("wandb")
     stages = ["160", "160", "80", "80", "80"]
     offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    done = script("--resume", finished[0], "--stage-timesteps", *stages, "--track", **offline)
+    done = run(gorl, "--resume", finished[0], "--stage-timesteps", *stages, "--track", **offline)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [int(r["step"]) for r in rows(finished[0], "eval") if r["seed"] == "1"][-2:] == [480, 560]
     assert list(finished[0].glob("wandb/offline-run-*"))
-
-
-# --- the project ---
-
-
-def test_pins_are_the_same():
-    """Otherwise `uv run` and `pip install -r` give different versions."""
-    block = re.search(r"# /// script\n(.*?)# ///", SCRIPT.read_text(), re.S)[1]
-    inline = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))["dependencies"]
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    required = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    tests_only = {"pytest", "scipy", "brax", "ruff"}
-    assert inline == [line for line in required if line.split("==")[0] not in tests_only]
-
-
-def test_the_script_stays_a_script():
-    """Otherwise it is no longer read in one go."""
-    text = SCRIPT.read_text()
-    assert text.count("\n") <= 700 and max(map(len, text.splitlines())) <= 110
-    assert not re.search(r"pickle", text.replace("allow_pickle=False", "").replace("no pickle", ""))
-
-
-def test_lint():
-    """Otherwise the code drifts from the style that its readers expect."""
-    for command in ("check", "format --check"):
-        done = subprocess.run(
-            [sys.executable, "-m", "ruff", *command.split(), str(ROOT)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout
