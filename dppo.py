@@ -11,7 +11,7 @@ Ren et al., "Diffusion Policy Policy Optimization" (2024), from scratch, in the 
 
     python dppo.py --env-id HopperStand --seed 1
 
-Axes in comments: K seeds, N environments, U unrolls of an environment in an iteration, T steps, B = U * N.
+Axes: K seeds, N environments, U unrolls of an environment in an iteration, T steps, B = U * N, D denoisings.
 """
 
 # /// script
@@ -32,6 +32,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -106,8 +107,9 @@ def check_common(args: "Args") -> None:
         ok = all(n > 0 or (zero and n == 0) for n in numbers)  # also false for NaN
         ok = ok and all(n < 2**31 for n in numbers) and got != ()
         require(ok, name, got, f"{'numbers of at least' if zero else 'numbers above'} 0, below 2^31")
-    for name in ("gamma", "gae_lambda"):
-        require(getattr(args, name) <= 1, name, getattr(args, name), "a number of at most 1")
+    for name in ("gamma", "gae_lambda", "clip_eps"):
+        require(np.max(getattr(args, name)) <= 1, name, getattr(args, name), "at most 1")
+    require(not args.track or find_spec("wandb"), "track", True, "the wandb package (pip install wandb)")
     unrolls = args.batch_size * args.num_minibatches
     takes = f"a product that --num-envs ({args.num_envs}) divides: an iteration is whole unrolls"
     require(unrolls % args.num_envs == 0, "--batch-size times --num-minibatches", unrolls, takes)
@@ -153,10 +155,10 @@ def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Ar
     """Steps with tanh(u), u (N, action_dim), resets what is done: environments, reward, truncated, broken.
 
     Truncated (N,), bool: the time limit is reached, or the environment broke. Broken (N,), bool: its physics
-    went NaN; reward and next observation are dropped. Reward is (N,), in [0, 1].
+    went NaN or beyond 1e6; reward and next observation are dropped. Reward is (N,), in [0, 1].
     """
     state = strong_types(jax.vmap(env.step)(envs.state, jnp.tanh(u)))
-    broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~jnp.isfinite(state.obs).all(-1)
+    broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~(jnp.abs(state.obs) < 1e6).all(-1)
     truncated = broken | (envs.steps + 1 >= args.episode_length)
     def reset_done(first: Array, now: Array) -> Array:
         done = truncated.reshape(-1, *[1] * (now.ndim - 1))
@@ -211,7 +213,7 @@ class Agent:
         return self.replace(params={"actor": self.params["actor"]}, opt={})
 
 def init_agent(args: Args, obs_dim: int, action_dim: int, key: Array) -> Agent:
-    """Actor, critic and Adam states; sizes of App. E.3."""
+    """Actor, critic and Adam states; sizes of App. E.3. It starts near N(0, 0.9^2) at any observation."""
     actor_key, critic_key = jax.random.split(key)
     actor = init_mlp(actor_key, (obs_dim + action_dim + 8, 32, 32, 32, 32, action_dim), zero_last=True)
     params = {"actor": actor, "critic": init_mlp(critic_key, (obs_dim, 256, 256, 256, 256, 256, 1))}
@@ -220,45 +222,45 @@ def init_agent(args: Args, obs_dim: int, action_dim: int, key: Array) -> Agent:
     return Agent(params=params, opt=opt, stats=stats)
 
 def velocity(net: Any, obs: Array, a: Array, t: Array) -> Array:
-    """v(a_t, t, s) (App. C) at normalised observations; a (..., action_dim), t (..., 1) in [0, 1]."""
+    """The network at normalised observations, a_t (..., action_dim), time t (..., 1) in [0, 1] (App. C)."""
     angles = t * 2.0 ** jnp.arange(4)
     return mlp(net, jnp.concatenate([obs, a, jnp.cos(angles), jnp.sin(angles)], axis=-1))
 
-def noise_angles(steps: int) -> np.ndarray:
-    """phi_t, t = 0 .. steps, of a_t = cos(phi_t) a_0 + sin(phi_t) noise (Eq. 16): the cosine schedule."""
+def noise_angles(steps: int) -> Array:
+    """phi_t, t = 0 .. D, of a_t = cos(phi_t) a_0 + sin(phi_t) noise (Eq. 16): the cosine schedule."""
     x = (np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2
-    return np.arccos(np.cos(x) / np.cos(x[0]))
+    return jnp.float32(np.arccos(np.cos(x) / np.cos(x[0])))
 
-def denoised(args: Args, actor: Any, obs: Array, a: Array, t: Array) -> Array:
-    """Mean of a_(t-1) given a_t, the deterministic DDIM step; a (..., action_dim), t (..., 1) in 1 .. T.
+def ddim_step(net: Any, obs: Array, a: Array, t: Array, steps: int) -> Array:
+    """a_(t-1) of a_t (..., action_dim), t (..., 1) in 1 .. D: deterministic DDIM at normalised observations.
 
     The network predicts v = da / dphi = cos(phi) noise - sin(phi) a_0 (Salimans & Ho, 2022), so DDIM rotates;
-    from the noise itself it would divide by cos(phi_T) = 0. A network of output 0 scales by prod(cos) = 0.88.
+    from the noise itself it would divide by cos(phi_D) = 0. Of output 0, it scales a by 0.88 in D = 10 steps.
     """
-    phi = jnp.float32(noise_angles(args.denoising_steps))
-    turn, v = phi[t] - phi[t - 1], velocity(actor, obs, a, t / args.denoising_steps)
-    return jnp.cos(turn) * a - jnp.sin(turn) * v
+    turn = noise_angles(steps)[t] - noise_angles(steps)[t - 1]
+    return jnp.cos(turn) * a - jnp.sin(turn) * velocity(net, obs, a, t / steps)
 
 def denoising_log_prob(args: Args, actor: Any, obs: Array, chain: Array) -> Array:
-    """Log-density (..., T) of each step of chains (..., T + 1, action_dim) from a_T to a_0."""
+    """Log-density (..., D) of each step of chains (..., D + 1, action_dim) from a_D to a_0."""
     a, t = chain[..., :-1, :], jnp.arange(args.denoising_steps, 0, -1)[:, None]
     obs = jnp.broadcast_to(obs[..., None, :], (*a.shape[:-1], obs.shape[-1]))
-    mean = denoised(args, actor, obs, a, jnp.broadcast_to(t, (*a.shape[:-1], 1)))
+    mean = ddim_step(actor, obs, a, jnp.broadcast_to(t, (*a.shape[:-1], 1)), args.denoising_steps)
     return norm.logpdf(chain[..., 1:, :], mean, args.denoising_std).sum(-1)
 
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) -> tuple[Array, dict]:
-    """u (..., action_dim) at raw observations and its chain; evaluation adds no noise but a_T."""
+    """u (..., action_dim) at raw observations and its chain; evaluation adds no noise but a_D."""
     actor, obs, (start_key, key) = agent.params["actor"], normalize(agent.stats, obs), jax.random.split(key)
     start = jax.random.normal(start_key, (*obs.shape[:-1], *actor[-1]["bias"].shape))
     def denoising_step(a: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
         t, key = x
-        mean = denoised(args, actor, obs, a, jnp.broadcast_to(t, a[..., :1].shape))
+        mean = ddim_step(actor, obs, a, jnp.full_like(a[..., :1], t, int), args.denoising_steps)
         noise = jnp.where(deterministic, 0.0, jax.random.normal(key, a.shape))
         a = mean + args.denoising_std * noise
         return a, a
     steps = jnp.arange(args.denoising_steps, 0, -1), jax.random.split(key, args.denoising_steps)
     u, chain = lax.scan(denoising_step, start, steps)
     chain = jnp.moveaxis(jnp.concatenate([start[None], chain]), 0, -2)
+    # By the update's own arithmetic, so that ratios start at exactly 1.
     return u, {"chain": chain, "log_prob": denoising_log_prob(args, actor, obs, chain)}
 
 # --- shared: rollout ---
@@ -292,7 +294,7 @@ def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Ar
     """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
 
     No sum crosses a truncated step: its advantage is 0, its target its own value, so it teaches nothing. The
-    advantage is r + gamma * target' - value, whose tail weighs gamma, not gamma * lambda.
+    advantage is r + gamma * target' - value: an error k > 0 steps later weighs gamma^k lambda^(k-1).
     """
     going_on, value = 1.0 - truncated, lax.stop_gradient(value)
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
@@ -300,8 +302,7 @@ def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Ar
         acc = x[0] + args.gamma * args.gae_lambda * x[1] * acc
         return acc, acc
     target = value[:-1] + lax.scan(backward, jnp.zeros_like(value[0]), (delta, going_on), reverse=True)[1]
-    next_target = jnp.concatenate([target[1:], value[-1:]])
-    return target, (reward + args.gamma * next_target - value[:-1]) * going_on
+    return target, (reward + args.gamma * jnp.concatenate([target[1:], value[-1:]]) - value[:-1]) * going_on
 
 def critic_terms(args: "Args", critic: Any, batch: Any, last_obs: Array) -> tuple[Array, dict]:
     """Normalised advantages (batch_size, T) and the critic's error, by targets of the critic as it is now."""
@@ -367,7 +368,7 @@ def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
     return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), index)
 
 def evaluate(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array, deterministic: Any) -> Array:
-    """Undiscounted returns (eval_envs,) of one episode each; a NaN state ends its episode."""
+    """Undiscounted returns (eval_envs,) of one episode each; broken physics ends its episode."""
     def step(carry: tuple, key: Array) -> tuple[tuple, None]:
         envs, running, returns = carry
         u, _ = act(args, agent, envs.state.obs, key, deterministic)
@@ -403,11 +404,10 @@ def make_run_dir(args: "Args") -> Path:
         run_dir = Path(args.runs_dir) / (name if n == 1 else f"{name}-{n}")
         try:
             (run_dir / "checkpoints").mkdir(parents=True)
-            break
+            return run_dir
         except OSError as error:
             problem = f"{args.runs_dir} ({error.strerror})"
             require(os.path.exists(run_dir), "runs_dir", problem, "a directory to write to")
-    return run_dir
 
 def write_args(args: "Args", run_dir: Path) -> None:
     """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
@@ -420,14 +420,14 @@ def write_args(args: "Args", run_dir: Path) -> None:
     aside.replace(run_dir / "args.json")
 
 def load_args(run_dir: str) -> "Args":
-    """The arguments of a run of this script; ValueError if there are none."""
+    """The arguments of a run of this script; ValueError if it is none."""
     try:
         stored = json.loads((Path(run_dir) / "args.json").read_text())
         if stored.pop("versions")["script"] == Path(__file__).name:
             return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         pass
-    raise ValueError(f"a run of {Path(__file__).name}, with its args.json")
+    raise ValueError(f"{run_dir} is not a run of {Path(__file__).name}, with its args.json")
 
 def log(run_dir: Path, wandb_run: Any, name: str, **columns: Any) -> None:
     """Appends a row for each seed to a CSV file, and to Weights & Biases; arrays lead with the seeds."""
@@ -570,8 +570,8 @@ def parse_args() -> Args:
     args = tyro.cli(Args)
     try:
         base = Args(preset=args.preset) if args.resume is None else load_args(args.resume)
-    except ValueError as error:
-        require(False, "resume", args.resume, error)
+    except ValueError:
+        require(False, "resume", args.resume, f"a run of {Path(__file__).name}, with its args.json")
     base = replace(base, **CPU_PRESET if args.preset == "cpu" and not args.resume else {}, resume=args.resume)
     args = tyro.cli(Args, default=base)
     for k, stored in asdict(base).items() if args.resume else ():

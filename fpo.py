@@ -5,7 +5,7 @@ appendices cited below are that paper's). The method in five lines:
 
   1. The actor is a velocity field: 10 Euler steps take noise (tau = 1) to u (tau = 0) of an action tanh(u).
   2. With each u, 8 pairs (tau, noise) are drawn and kept; the flow-matching loss of u at them is remembered.
-  3. For the likelihood ratio, which is intractable, stands exp(old loss - new loss) at the same pairs.
+  3. The likelihood ratio is intractable: exp(old loss - new loss) at the same pairs stands in for it.
   4. From there on it is PPO: the ratio is clipped, advantages come from a critic by GAE. No entropy bonus.
   5. 180M environment steps.
 
@@ -32,6 +32,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +73,7 @@ class Args:
     flow_steps: int = 10  # Euler steps from noise to u
     samples_per_action: int = 8  # (tau, noise) pairs of an action
     ratio: Literal["per-action", "per-pair"] = "per-action"  # exp of the pairs' mean difference, or of each
-    target: Literal["noise", "velocity"] = "noise"  # what the loss compares (see flow_loss)
+    target: Literal["noise", "velocity"] = "noise"  # noise: FPO's, blind at tau = 1; velocity: unweighted
     episode_length: int = 1000  # control steps until an episode is cut off
     eval_every: int = 6_000_000  # environment steps between evaluations
     eval_envs: int = 128  # episodes an evaluation
@@ -107,8 +108,9 @@ def check_common(args: "Args") -> None:
         ok = all(n > 0 or (zero and n == 0) for n in numbers)  # also false for NaN
         ok = ok and all(n < 2**31 for n in numbers) and got != ()
         require(ok, name, got, f"{'numbers of at least' if zero else 'numbers above'} 0, below 2^31")
-    for name in ("gamma", "gae_lambda"):
-        require(getattr(args, name) <= 1, name, getattr(args, name), "a number of at most 1")
+    for name in ("gamma", "gae_lambda", "clip_eps"):
+        require(np.max(getattr(args, name)) <= 1, name, getattr(args, name), "at most 1")
+    require(not args.track or find_spec("wandb"), "track", True, "the wandb package (pip install wandb)")
     unrolls = args.batch_size * args.num_minibatches
     takes = f"a product that --num-envs ({args.num_envs}) divides: an iteration is whole unrolls"
     require(unrolls % args.num_envs == 0, "--batch-size times --num-minibatches", unrolls, takes)
@@ -154,10 +156,10 @@ def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Ar
     """Steps with tanh(u), u (N, action_dim), resets what is done: environments, reward, truncated, broken.
 
     Truncated (N,), bool: the time limit is reached, or the environment broke. Broken (N,), bool: its physics
-    went NaN; reward and next observation are dropped. Reward is (N,), in [0, 1].
+    went NaN or beyond 1e6; reward and next observation are dropped. Reward is (N,), in [0, 1].
     """
     state = strong_types(jax.vmap(env.step)(envs.state, jnp.tanh(u)))
-    broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~jnp.isfinite(state.obs).all(-1)
+    broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~(jnp.abs(state.obs) < 1e6).all(-1)
     truncated = broken | (envs.steps + 1 >= args.episode_length)
     def reset_done(first: Array, now: Array) -> Array:
         done = truncated.reshape(-1, *[1] * (now.ndim - 1))
@@ -221,7 +223,7 @@ def init_agent(args: Args, obs_dim: int, action_dim: int, key: Array) -> Agent:
     return Agent(params=params, opt=opt, stats=stats)
 
 def velocity(net: Any, obs: Array, a: Array, t: Array) -> Array:
-    """v(a_t, t, s) (App. C) at normalised observations; a (..., action_dim), t (..., 1) in [0, 1]."""
+    """The network at normalised observations, a_t (..., action_dim), time t (..., 1) in [0, 1] (App. C)."""
     angles = t * 2.0 ** jnp.arange(4)
     return mlp(net, jnp.concatenate([obs, a, jnp.cos(angles), jnp.sin(angles)], axis=-1))
 
@@ -284,7 +286,7 @@ def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Ar
     """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
 
     No sum crosses a truncated step: its advantage is 0, its target its own value, so it teaches nothing. The
-    advantage is r + gamma * target' - value, whose tail weighs gamma, not gamma * lambda.
+    advantage is r + gamma * target' - value: an error k > 0 steps later weighs gamma^k lambda^(k-1).
     """
     going_on, value = 1.0 - truncated, lax.stop_gradient(value)
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
@@ -292,8 +294,7 @@ def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Ar
         acc = x[0] + args.gamma * args.gae_lambda * x[1] * acc
         return acc, acc
     target = value[:-1] + lax.scan(backward, jnp.zeros_like(value[0]), (delta, going_on), reverse=True)[1]
-    next_target = jnp.concatenate([target[1:], value[-1:]])
-    return target, (reward + args.gamma * next_target - value[:-1]) * going_on
+    return target, (reward + args.gamma * jnp.concatenate([target[1:], value[-1:]]) - value[:-1]) * going_on
 
 def critic_terms(args: "Args", critic: Any, batch: Any, last_obs: Array) -> tuple[Array, dict]:
     """Normalised advantages (batch_size, T) and the critic's error, by targets of the critic as it is now."""
@@ -362,7 +363,7 @@ def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
     return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), index)
 
 def evaluate(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array, deterministic: Any) -> Array:
-    """Undiscounted returns (eval_envs,) of one episode each; a NaN state ends its episode."""
+    """Undiscounted returns (eval_envs,) of one episode each; broken physics ends its episode."""
     def step(carry: tuple, key: Array) -> tuple[tuple, None]:
         envs, running, returns = carry
         u, _ = act(args, agent, envs.state.obs, key, deterministic)
@@ -398,11 +399,10 @@ def make_run_dir(args: "Args") -> Path:
         run_dir = Path(args.runs_dir) / (name if n == 1 else f"{name}-{n}")
         try:
             (run_dir / "checkpoints").mkdir(parents=True)
-            break
+            return run_dir
         except OSError as error:
             problem = f"{args.runs_dir} ({error.strerror})"
             require(os.path.exists(run_dir), "runs_dir", problem, "a directory to write to")
-    return run_dir
 
 def write_args(args: "Args", run_dir: Path) -> None:
     """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
@@ -415,14 +415,14 @@ def write_args(args: "Args", run_dir: Path) -> None:
     aside.replace(run_dir / "args.json")
 
 def load_args(run_dir: str) -> "Args":
-    """The arguments of a run of this script; ValueError if there are none."""
+    """The arguments of a run of this script; ValueError if it is none."""
     try:
         stored = json.loads((Path(run_dir) / "args.json").read_text())
         if stored.pop("versions")["script"] == Path(__file__).name:
             return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         pass
-    raise ValueError(f"a run of {Path(__file__).name}, with its args.json")
+    raise ValueError(f"{run_dir} is not a run of {Path(__file__).name}, with its args.json")
 
 def log(run_dir: Path, wandb_run: Any, name: str, **columns: Any) -> None:
     """Appends a row for each seed to a CSV file, and to Weights & Biases; arrays lead with the seeds."""
@@ -565,8 +565,8 @@ def parse_args() -> Args:
     args = tyro.cli(Args)
     try:
         base = Args(preset=args.preset) if args.resume is None else load_args(args.resume)
-    except ValueError as error:
-        require(False, "resume", args.resume, error)
+    except ValueError:
+        require(False, "resume", args.resume, f"a run of {Path(__file__).name}, with its args.json")
     base = replace(base, **CPU_PRESET if args.preset == "cpu" and not args.resume else {}, resume=args.resume)
     args = tyro.cli(Args, default=base)
     for k, stored in asdict(base).items() if args.resume else ():

@@ -6,7 +6,7 @@ Policies" (2025); sections, equations and appendices cited below are the paper's
   1. The encoder pi(latent | s), a diagonal Gaussian, is trained with PPO (Eq. 5) and a KL to N(0, I) (Eq. 3).
   2. The decoder u = g(s, latent) makes actions tanh(u). It is frozen meanwhile; in stage 0, the identity.
   3. After a stage, flow matching (Eq. 6) trains it to map *fresh* N(0, I) noise to the latest rollouts' u.
-  4. The encoder restarts as exactly N(0, I), which by (3) acts like the policy just trained; PPO goes on.
+  4. The encoder restarts as exactly N(0, I), which by (3) acts about like the policy just trained.
   5. Four stages of 60M, 60M, 30M and 30M environment steps. No likelihood of the decoder is ever needed.
 
     python gorl_fm_ppo.py --env-id HopperStand --seed 1
@@ -32,6 +32,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import accumulate, count, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -116,8 +117,9 @@ def check_common(args: "Args") -> None:
         ok = all(n > 0 or (zero and n == 0) for n in numbers)  # also false for NaN
         ok = ok and all(n < 2**31 for n in numbers) and got != ()
         require(ok, name, got, f"{'numbers of at least' if zero else 'numbers above'} 0, below 2^31")
-    for name in ("gamma", "gae_lambda"):
-        require(getattr(args, name) <= 1, name, getattr(args, name), "a number of at most 1")
+    for name in ("gamma", "gae_lambda", "clip_eps"):
+        require(np.max(getattr(args, name)) <= 1, name, getattr(args, name), "at most 1")
+    require(not args.track or find_spec("wandb"), "track", True, "the wandb package (pip install wandb)")
     unrolls = args.batch_size * args.num_minibatches
     takes = f"a product that --num-envs ({args.num_envs}) divides: an iteration is whole unrolls"
     require(unrolls % args.num_envs == 0, "--batch-size times --num-minibatches", unrolls, takes)
@@ -172,10 +174,10 @@ def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Ar
     """Steps with tanh(u), u (N, action_dim), resets what is done: environments, reward, truncated, broken.
 
     Truncated (N,), bool: the time limit is reached, or the environment broke. Broken (N,), bool: its physics
-    went NaN; reward and next observation are dropped. Reward is (N,), in [0, 1].
+    went NaN or beyond 1e6; reward and next observation are dropped. Reward is (N,), in [0, 1].
     """
     state = strong_types(jax.vmap(env.step)(envs.state, jnp.tanh(u)))
-    broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~jnp.isfinite(state.obs).all(-1)
+    broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~(jnp.abs(state.obs) < 1e6).all(-1)
     truncated = broken | (envs.steps + 1 >= args.episode_length)
     def reset_done(first: Array, now: Array) -> Array:
         done = truncated.reshape(-1, *[1] * (now.ndim - 1))
@@ -253,7 +255,7 @@ def latent_distribution(encoder: Any, obs: Array) -> tuple[Array, Array]:
     return mean, jnp.clip(jax.nn.softplus(raw + np.log(np.e - 1)), 1e-3, 10.0)  # of output 0: N(0, I)
 
 def velocity(net: Any, obs: Array, a: Array, t: Array) -> Array:
-    """v(a_t, t, s) (App. C) at normalised observations; a (..., action_dim), t (..., 1) in [0, 1]."""
+    """The network at normalised observations, a_t (..., action_dim), time t (..., 1) in [0, 1] (App. C)."""
     angles = t * 2.0 ** jnp.arange(4)
     return mlp(net, jnp.concatenate([obs, a, jnp.cos(angles), jnp.sin(angles)], axis=-1))
 
@@ -303,7 +305,7 @@ def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Ar
     """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
 
     No sum crosses a truncated step: its advantage is 0, its target its own value, so it teaches nothing. The
-    advantage is r + gamma * target' - value, whose tail weighs gamma, not gamma * lambda.
+    advantage is r + gamma * target' - value: an error k > 0 steps later weighs gamma^k lambda^(k-1).
     """
     going_on, value = 1.0 - truncated, lax.stop_gradient(value)
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
@@ -311,8 +313,7 @@ def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Ar
         acc = x[0] + args.gamma * args.gae_lambda * x[1] * acc
         return acc, acc
     target = value[:-1] + lax.scan(backward, jnp.zeros_like(value[0]), (delta, going_on), reverse=True)[1]
-    next_target = jnp.concatenate([target[1:], value[-1:]])
-    return target, (reward + args.gamma * next_target - value[:-1]) * going_on
+    return target, (reward + args.gamma * jnp.concatenate([target[1:], value[-1:]]) - value[:-1]) * going_on
 
 def critic_terms(args: "Args", critic: Any, batch: Any, last_obs: Array) -> tuple[Array, dict]:
     """Normalised advantages (batch_size, T) and the critic's error, by targets of the critic as it is now."""
@@ -338,8 +339,7 @@ def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: A
     advantage, metrics = critic_terms(args, params["critic"], batch, last_obs)
     mean, std = latent_distribution(params["encoder"], batch.obs)
     log_std, log_prob = jnp.log(std), norm.logpdf(batch.drawn["latent"], mean, std).sum(-1)
-    metrics |= clipped_surrogate(args, log_prob - batch.drawn["log_prob"], advantage)
-    metrics |= {
+    metrics |= clipped_surrogate(args, log_prob - batch.drawn["log_prob"], advantage) | {
         "entropy": (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1).mean(),
         "latent_kl": (0.5 * (jnp.square(mean) + jnp.square(std) - 1) - log_std).sum(-1).mean(),  # Eq. 3
         "latent_l2": jnp.square(mean).mean() + jnp.square(log_std).mean(),  # App. E.4
@@ -377,11 +377,11 @@ def as_unrolls(x: Array) -> Array:
     return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:])
 # --- end shared ---
 
-def record(ring: dict[str, Array], times: Any, new: dict[str, Array]) -> dict[str, Array]:
-    """Writes steps (U, T, N, ...), as `times` times before, over a ring's (C, N, ...) oldest rows."""
+def record(ring: dict[str, Array], written: Any, new: dict[str, Array]) -> dict[str, Array]:
+    """Writes steps (U, T, N, ...) over a ring's (C, N, ...) oldest rows, the stage's `written` + 1st such."""
     capacity, steps = len(ring["reward"]), new["reward"].shape[0] * new["reward"].shape[1]
     kept = min(capacity, steps)
-    rows = ((times + 1) * steps - kept + jnp.arange(kept)) % capacity
+    rows = ((written + 1) * steps - kept + jnp.arange(kept)) % capacity
     new = {name: x.reshape(steps, *x.shape[2:])[-kept:] for name, x in new.items()}
     return {name: ring[name].at[rows].set(new[name], unique_indices=True) for name in ring}
 
@@ -415,7 +415,7 @@ def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
     return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), index)
 
 def evaluate(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array, deterministic: Any) -> Array:
-    """Undiscounted returns (eval_envs,) of one episode each; a NaN state ends its episode."""
+    """Undiscounted returns (eval_envs,) of one episode each; broken physics ends its episode."""
     def step(carry: tuple, key: Array) -> tuple[tuple, None]:
         envs, running, returns = carry
         u, _ = act(args, agent, envs.state.obs, key, deterministic)
@@ -456,11 +456,10 @@ def make_run_dir(args: "Args") -> Path:
         run_dir = Path(args.runs_dir) / (name if n == 1 else f"{name}-{n}")
         try:
             (run_dir / "checkpoints").mkdir(parents=True)
-            break
+            return run_dir
         except OSError as error:
             problem = f"{args.runs_dir} ({error.strerror})"
             require(os.path.exists(run_dir), "runs_dir", problem, "a directory to write to")
-    return run_dir
 
 def write_args(args: "Args", run_dir: Path) -> None:
     """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
@@ -473,14 +472,14 @@ def write_args(args: "Args", run_dir: Path) -> None:
     aside.replace(run_dir / "args.json")
 
 def load_args(run_dir: str) -> "Args":
-    """The arguments of a run of this script; ValueError if there are none."""
+    """The arguments of a run of this script; ValueError if it is none."""
     try:
         stored = json.loads((Path(run_dir) / "args.json").read_text())
         if stored.pop("versions")["script"] == Path(__file__).name:
             return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         pass
-    raise ValueError(f"a run of {Path(__file__).name}, with its args.json")
+    raise ValueError(f"{run_dir} is not a run of {Path(__file__).name}, with its args.json")
 
 def log(run_dir: Path, wandb_run: Any, name: str, **columns: Any) -> None:
     """Appends a row for each seed to a CSV file, and to Weights & Biases; arrays lead with the seeds."""
@@ -614,9 +613,8 @@ def train(args: Args, run_dir: Path) -> None:
             bar.set_postfix_str(f"decoder {stage + 1}, epoch {epoch + 1}/{args.decoder_epochs}")
         agent = start_stage(args, state.agent.replace(decoder=decoder), fresh)
         after = returns(agent, 2 * done + 1, deterministic=False)  # the same initial states and noise
-        change = {"return_before": before.mean(1), "return_after": after.mean(1)}
-        reward = ring["reward"][:, :recorded].mean((1, 2))
-        row("refine", step=done * size, stage=stage + 1, pairs=pairs, reward_mean=reward, **change)
+        data = {"reward_mean": ring["reward"][:, :recorded].mean((1, 2)), "return_before": before.mean(1)}
+        row("refine", step=done * size, stage=stage + 1, pairs=pairs, **data, return_after=after.mean(1))
         bar.write(f"decoder {stage + 1}: stochastic return from {before.mean():.1f} to {after.mean():.1f}")
         return state.replace(agent=agent, envs=reset(args.num_envs, keys(RESET, stage + 1)))
     state, meta = restore(run_dir, jax.eval_shape(begin))
@@ -650,8 +648,8 @@ def parse_args() -> Args:
     args = tyro.cli(Args)
     try:
         base = Args(preset=args.preset) if args.resume is None else load_args(args.resume)
-    except ValueError as error:
-        require(False, "resume", args.resume, error)
+    except ValueError:
+        require(False, "resume", args.resume, f"a run of {Path(__file__).name}, with its args.json")
     base = replace(base, **CPU_PRESET if args.preset == "cpu" and not args.resume else {}, resume=args.resume)
     unset = -(2**63)  # not given: budgets are checked against each other, and may grow on resuming
     given = tyro.cli(Args, default=replace(base, total_timesteps=unset, stage_timesteps=(unset,)))
@@ -660,8 +658,8 @@ def parse_args() -> Args:
         stages = (*old[:-1], old[-1] + max(0, total - sum(old)))
     elif stages == (unset,):
         stages = split_total(base.total_timesteps if total == unset else total)
-    ok, takes = total == unset or 0 < total == sum(stages), "a number above 0, the sum of --stage-timesteps"
-    require(ok, "total_timesteps", total, f"{takes} if given ({sum(stages)})")
+    ok, takes = total == unset or 0 < total == sum(stages), "a number above 0, the sum of all stages' steps"
+    require(ok, "total_timesteps", total, f"{takes} ({sum(stages)}; resuming, that or more)")
     args = replace(given, stage_timesteps=stages, total_timesteps=sum(stages))
     for k, stored in asdict(base).items() if args.resume else ():
         ok = getattr(args, k) == stored or k.startswith(("track", "wandb", "checkpoint", "total"))

@@ -65,6 +65,15 @@ class NanObs(PointMass):
         return super().step(state, action).replace(reward=jnp.ones(()), done=jnp.zeros(()))
 
 
+class HugeObs(PointMass):
+    """Physics that blows up in finite numbers."""
+
+    def step(self, state, action):
+        new = super().step(state, action)
+        obs = jnp.where(jnp.isnan(new.obs), 1e10, new.obs)
+        return new.replace(reward=jnp.ones(()), done=jnp.zeros(()), obs=obs)
+
+
 class NanDone(PointMass):
     def step(self, state, action):
         return super().step(state, action).replace(reward=jnp.ones(()), obs=jnp.zeros(3))
@@ -75,7 +84,7 @@ def point_mass():
     return PointMass()
 
 
-@pytest.fixture(params=[PointMass, NanReward, NanObs, NanDone])
+@pytest.fixture(params=[PointMass, NanReward, NanObs, HugeObs, NanDone])
 def nan_env(request):
     return request.param()
 

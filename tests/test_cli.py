@@ -81,6 +81,7 @@ BAD = [  # the argument that the message names, and the command line
     ("learning-rate", "--learning-rate inf"),
     ("seed", "--seed -1"),
     ("clip-eps", "--clip-eps 0"),
+    ("clip-eps", "--clip-eps 1.5"),
     ("max-grad-norm", "--max-grad-norm nan"),
     ("max-grad-norm", "--max-grad-norm -1"),
     ("exp-name", "--exp-name a/b"),
@@ -110,7 +111,7 @@ BAD_OF = {
         ("denoising-std", "--denoising-std 0"),
     ],
 }
-BAD_OF["gorl_diff_ppo"] = BAD_OF["gorl_fm_ppo"]
+BAD_OF["gorl_diff_ppo"] = [*BAD_OF["gorl_fm_ppo"], ("decoder-steps", "--decoder-steps 1")]
 CASES = [(s, *case) for s in SCRIPTS for case in [*BAD, *BAD_OF.get(s.__name__, [])]]
 
 
@@ -124,6 +125,18 @@ def test_wrong_arguments(script, argument, line, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and f"--{argument}" in error and error.count("\n") == 1
     assert error.startswith(f"{script.__name__}.py: ") and "takes" in error
+
+
+def test_tracking_without_wandb(script, monkeypatch, capsys):
+    """Otherwise a run fails after its directory is made, or after compiling."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--track"])
+    monkeypatch.setattr(script, "find_spec", {"wandb": None}.get)
+    with pytest.raises(SystemExit) as stopped:
+        script.check(script.parse_args())
+    error = capsys.readouterr().err
+    assert (
+        stopped.value.code == 2 and "--track" in error and "pip install" in error and error.count("\n") == 1
+    )
 
 
 def test_wrong_arguments_in_the_shell(tmp_path):

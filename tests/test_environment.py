@@ -98,6 +98,7 @@ def test_nan_reaches_nothing(make_args, nan_env):
     assert clean_metrics["nan_resets"] == 0 and metrics["nan_resets"] == 1
     assert finite(got) and finite(metrics)
     assert (jax.tree.leaves(clean.agent)[0] != jax.tree.leaves(got.agent)[0]).any()
+    assert (jnp.abs(got.agent.stats.mean) < 10).all() and (got.agent.stats.var < 100).all()
 
 
 def test_nan_ends_an_evaluation_episode(make_args, point_mass):

@@ -30,7 +30,7 @@ BLOCKS = {
 }
 # Definitions that may differ between two scripts that both have them: the policy, its loss, their arguments.
 POLICY = {"Args", "init_agent", "act", "loss_fn"}
-DECODERS = {"Args", "init_agent", "decode", "decoder_loss"}
+DECODERS = {"Args", "check", "init_agent", "decode", "decoder_loss"}
 STAGES = {"CPU_PRESET", "Agent", "check", "TrainState", "iteration", "train", "parse_args"}
 
 
