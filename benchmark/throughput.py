@@ -1,10 +1,13 @@
 """Where a script's time goes: physics alone, rollout, update, whole iterations, decoder training, memory.
 
     python benchmark/throughput.py --out results/throughput/cheetah.json -- --env-id CheetahRun
+    python benchmark/throughput.py --scripts ppo_gaussian fpo dppo -- --env-id CheetahRun
 
-What follows `--` are the script's own arguments. All figures come from one process and the same sizes; `sps`
-What follows `--` are the arguments of the script. All figures are of one process and the same sizes; `sps`
-persistent compilation cache they are mostly tracing.
+What follows `--` are the arguments of the scripts. All figures are of one process and the same sizes; `sps`
+are environment steps a second of all seeds. Each phase is timed after a first call that compiles it
+(`cold_seconds`; with a warm persistent compilation cache that is mostly tracing). Of several scripts, the
+repetitions take turns, so that whatever else the machine does slows all of them; `over_first` are their
+speeds over the first one's.
 """
 
 import importlib
@@ -16,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,9 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass(frozen=True)
 class Bench:
-    """Times a script's phases."""
+    """Times the phases of scripts."""
 
-    script: str = "gorl_fm_ppo"  # the script, without .py
+    scripts: tuple[str, ...] = ("gorl_fm_ppo",)  # without .py; of more than one, whole iterations only
     repeats: int = 2  # timed calls of each phase, after one that compiles
     decoder_samples: int = 1_000_000  # pairs of the timed decoder epoch (at most the ring)
     out: str | None = None  # a JSON file to write as well
@@ -62,11 +65,28 @@ def physics_only(script: Any, args: Any, env: Any, envs: Any, key: jax.Array) ->
     return lax.scan(step, envs, jax.random.split(key, steps))
 
 
+def begin(script: Any, args: Any, env: Any, keys: jax.Array) -> Any:
+    """The state of a run before its first iteration; its buffers are free to be donated."""
+    agent = jax.vmap(partial(script.init_agent, args, env.observation_size, env.action_size))(keys)
+    parts = [agent, jax.jit(jax.vmap(partial(script.reset_envs, env, args.num_envs)))(keys)]
+    if hasattr(args, "decoder_buffer_size"):
+        rows = (len(keys), args.decoder_buffer_size // args.num_envs, args.num_envs)
+        shapes = {"obs": (env.observation_size,), "u": (env.action_size,), "reward": ()}
+        parts.append({name: jnp.zeros(rows + shape) for name, shape in shapes.items()})
+    return jax.tree.map(jnp.copy, script.TrainState(*parts))
+
+
+def iterate(script: Any, args: Any, env: Any) -> Callable:
+    """A compiled iteration of all seeds: (state, keys) -> (state, metrics)."""
+    first = (0, 0) if hasattr(args, "stage_timesteps") else (0,)  # iteration, and stage
+    one = jax.vmap(lambda state, key: script.iteration(args, env, state, key, *first))
+    return jax.jit(one, donate_argnums=0)
+
+
 def measure(bench: Bench, script: Any, args: Any) -> dict[str, Any]:
     env = script.make_env(args)
     size = args.batch_size * args.num_minibatches * args.unroll_length * args.num_seeds
     keys = jax.vmap(jax.random.PRNGKey)(args.seed + jnp.arange(args.num_seeds))
-    coefs = {name: jnp.float32(getattr(args, name)[0]) for name in ("clip_eps", "max_grad_norm", "kl_coef")}
     result: dict[str, Any] = {"steps_per_iteration": size}
 
     def phase(name: str, call: Callable[[], Any], steps: int | None = size) -> None:
@@ -85,43 +105,35 @@ def measure(bench: Bench, script: Any, args: Any) -> dict[str, Any]:
     agent = jax.vmap(partial(script.init_agent, args, env.observation_size, env.action_size))(keys)
     rollout = jax.jit(jax.vmap(partial(script.rollout, args, env)))
     phase("rollout", lambda: rollout(agent, envs, keys))
-    _, steps, last_obs, u, _ = rollout(agent, envs, keys)
+    _, steps, last_obs, _ = rollout(agent, envs, keys)
 
-    def unrolls(x: jax.Array) -> jax.Array:
-        return jax.vmap(script.as_unrolls)(x)
-
-    batch = jax.tree.map(unrolls, steps)
+    batch = jax.tree.map(jax.vmap(script.as_unrolls), steps)
     last = last_obs.reshape(args.num_seeds, -1, env.observation_size)
-    update = jax.jit(jax.vmap(partial(script.update, args), in_axes=(0, 0, 0, None, 0)))
-    phase("update", lambda: update(agent, batch, last, coefs, keys))
+    staged = getattr(script, "STAGE_COEFFICIENTS", ())
+    of_stage = replace(args, **{name: getattr(args, name)[0] for name in staged})
+    update = jax.jit(jax.vmap(partial(script.update, of_stage)))
+    phase("update", lambda: update(agent, batch, last, keys))
 
-    rows = max(1, min(bench.decoder_samples, args.decoder_buffer_size) // args.num_envs)
-    tiles = -(-rows // (u.shape[1] * u.shape[2]))
+    if hasattr(script, "decoder_epoch"):
+        rows = max(1, min(bench.decoder_samples, args.decoder_buffer_size) // args.num_envs)
+        tiles = -(-rows // (steps.u.shape[1] * steps.u.shape[2]))
 
-    def ring_of(x: jax.Array) -> jax.Array:
-        x = x.reshape(args.num_seeds, -1, *x.shape[3:])
-        return jnp.concatenate([x] * tiles, axis=1)[:, :rows]
+        def ring_of(x: jax.Array) -> jax.Array:
+            x = x.reshape(args.num_seeds, -1, *x.shape[3:])
+            return jnp.concatenate([x] * tiles, axis=1)[:, :rows]
 
-    ring, pairs = {"obs": ring_of(steps.obs), "u": ring_of(u)}, rows * args.num_envs
-    opt = jax.vmap(script.optax.adam(args.decoder_learning_rate).init)(agent.decoder.flow)
-    epoch = jax.jit(jax.vmap(partial(script.decoder_epoch, args, pairs)))
-    phase("decoder_epoch", lambda: epoch(agent.decoder, opt, ring, keys), steps=None)
-    samples = pairs * args.num_seeds / 1e6
-    result["decoder_seconds_per_million_samples_and_epoch"] = result["decoder_epoch"]["seconds"] / samples
+        ring, pairs = {"obs": ring_of(steps.obs), "u": ring_of(steps.u)}, rows * args.num_envs
+        opt = jax.vmap(script.optax.adam(args.decoder_learning_rate).init)(agent.decoder["net"])
+        epoch = jax.jit(jax.vmap(partial(script.decoder_epoch, args, pairs)))
+        phase("decoder_epoch", lambda: epoch(agent.decoder, opt, ring, keys), steps=None)
+        samples = pairs * args.num_seeds / 1e6
+        result["decoder_seconds_per_million_samples_and_epoch"] = result["decoder_epoch"]["seconds"] / samples
 
-    iterate = jax.jit(
-        jax.vmap(partial(script.iteration, args, env), in_axes=(0, 0, None, None)), donate_argnums=0
-    )
-    capacity = args.decoder_buffer_size // args.num_envs
-    shape = (args.num_seeds, capacity, args.num_envs)
-    ring = {"obs": jnp.zeros((*shape, env.observation_size)), "u": jnp.zeros((*shape, env.action_size))}
-    ring["reward"] = jnp.zeros(shape)
-    state = script.TrainState(agent, envs, ring, jnp.zeros(args.num_seeds, jnp.int32))
-    state = jax.tree.map(jnp.copy, state)  # its buffers are donated
+    state, iteration = begin(script, args, env, keys), iterate(script, args, env)
 
     def one_iteration() -> Any:
         nonlocal state
-        state, metrics = iterate(state, keys, 0, coefs)
+        state, metrics = iteration(state, keys)
         return metrics
 
     phase("iteration", one_iteration)
@@ -129,14 +141,40 @@ def measure(bench: Bench, script: Any, args: Any) -> dict[str, Any]:
     return result
 
 
+def compare(bench: Bench, scripts: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    """Whole iterations of several scripts, one of each in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in scripts}
+    runs = {}
+    for name, script in scripts.items():
+        env = script.make_env(args[name])
+        keys = jax.vmap(jax.random.PRNGKey)(args[name].seed + jnp.arange(args[name].num_seeds))
+        runs[name] = [iterate(script, args[name], env), begin(script, args[name], env, keys), keys]
+    for _ in range(1 + bench.repeats):
+        for name, (iteration, state, keys) in runs.items():
+            start = time.perf_counter()
+            state, _ = jax.block_until_ready(iteration(state, keys))
+            seconds[name].append(time.perf_counter() - start)
+            runs[name][1] = state
+    result: dict[str, Any] = {}
+    for name, (cold, *warm) in seconds.items():
+        a = args[name]
+        size = a.batch_size * a.num_minibatches * a.unroll_length * a.num_seeds
+        result[name] = {"cold_seconds": cold, "seconds": warm, "sps": size / min(warm)}
+    first = next(iter(result.values()))["sps"]
+    return {"scripts": result, "over_first": {name: r["sps"] / first for name, r in result.items()}}
+
+
 def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     bench, rest = tyro.cli(Bench, args=sys.argv[1:at]), sys.argv[at + 1 :]
-    script = importlib.import_module(bench.script)
     command = " ".join(["python benchmark/throughput.py", *sys.argv[1:]])
-    sys.argv = [f"{bench.script}.py", *rest]
-    args = script.parse_args()
-    script.check(args)
+    scripts = {name: importlib.import_module(name) for name in bench.scripts}
+    parsed = {}
+    for name, script in scripts.items():
+        sys.argv = [f"{name}.py", *rest]
+        parsed[name] = script.parse_args()
+        script.check(parsed[name])
+    args = parsed[bench.scripts[0]]
     failed, commit = subprocess.getstatusoutput(f"git -C '{ROOT}' describe --always --dirty")
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     about = {
@@ -149,7 +187,10 @@ def main() -> None:
     start = time.perf_counter()
     with jax.default_matmul_precision("highest"):
         result = about | {"env_id": args.env_id, "num_envs": args.num_envs, "num_seeds": args.num_seeds}
-        result |= measure(bench, script, args)
+        if len(scripts) > 1:
+            result |= compare(bench, scripts, parsed)
+        else:
+            result |= measure(bench, scripts[bench.scripts[0]], args)
     result["peak_host_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     stats = jax.devices()[0].memory_stats() or {}
     result["peak_device_memory_gb"] = stats.get("peak_bytes_in_use", 0) / 1e9 or None
