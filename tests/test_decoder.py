@@ -261,6 +261,24 @@ def test_ddim_samples_the_gaussian_that_its_predictor_knows(make_args, monkeypat
     assert abs(slope / std - 1) < tolerance
 
 
+@pytest.mark.parametrize(("std", "want"), [(0.3, (0.82, 0.79)), (1.0, (0.88, 0.88)), (2.0, (0.86, 0.86))])
+def test_ten_steps_narrow_what_they_sample(gorl, make_args, monkeypatch, std, want):
+    """The README's numbers: with the best network there is, u has that share of the data's std."""
+
+    def optimal(net, obs, a, t):
+        """Of data N(0, std^2), at time t."""
+        angle = jnp.interp(10 * t, jnp.arange(11), diff.noise_angles(10))
+        data, other = (t, 1 - t) if gorl is fm else (jnp.cos(angle), jnp.sin(angle))
+        variance = data**2 * std**2 + other**2
+        covariance = data * std**2 - other if gorl is fm else data * other * (1 - std**2)
+        return covariance / variance * a
+
+    monkeypatch.setattr(gorl, "velocity", optimal)
+    decoder = {"net": None, "stats": gorl.init_agent(make_args(gorl), OBS, ACT, KEY).stats}
+    u = gorl.decode(make_args(gorl), decoder, jnp.zeros((1, OBS)), jnp.ones((1, ACT)))
+    np.testing.assert_allclose(u / std, want[gorl is diff], atol=0.006)
+
+
 def test_time_embedding(gorl, monkeypatch):
     """Otherwise saved decoders read time differently, or the flow cannot tell times apart."""
     monkeypatch.setattr(gorl, "mlp", lambda net, x: x)
