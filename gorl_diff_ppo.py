@@ -71,7 +71,7 @@ class Args:
     vf_coef: float = 0.25  # weight of the critic's mean squared error
     ent_coef: float = 0.01  # weight of the latent policy's entropy
     clip_eps: tuple[float, ...] = (0.15, 0.3)  # PPO's clip range, of each stage (the last repeats)
-    max_grad_norm: tuple[float, ...] = (0.5, 1.0)  # of all gradients jointly, likewise; 0 for none
+    max_grad_norm: tuple[float, ...] = (0.0,)  # of all gradients jointly, likewise; 0 for none
     kl_coef: tuple[float, ...] = (1e-3,)  # beta of Eq. 3, likewise
     latent_penalty: Literal["kl", "l2"] = "kl"  # Eq. 3's KL, or App. E.4's L2 on mean and log-scale
     reinit_critic: bool = False  # restart critic and observation statistics, too, at each stage
