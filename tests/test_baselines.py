@@ -322,7 +322,7 @@ def test_denoising_gradient_is_the_gradient_of_the_reward(make_args):
     """Otherwise the ten steps' ratios do not add up to the policy gradient (in a one-step problem)."""
     args, agent = agent_of(dppo, make_args, 1, 1, denoising_std=0.3, reward_scale=1.0, vf_coef=0.0)
     critic = jax.tree.map(jnp.zeros_like, agent.params["critic"])
-    agent, size = agent.replace(params=agent.params | {"critic": critic}), 200_000
+    agent, size = agent.replace(params=agent.params | {"critic": critic}), 100_000
     obs = jnp.ones((size, 1))
 
     def rewards(actor):
