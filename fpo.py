@@ -16,25 +16,29 @@ Axes in comments: K seeds, N environments, U unrolls of an environment in an ite
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#   "jax==0.10.1; python_version < '3.12'", "jax==0.12.0.1; python_version >= '3.12'",
+# dependencies = ["jax==0.10.1; python_version < '3.12'", "jax==0.12.0.1; python_version >= '3.12'",
 #   "flax==0.12.8; python_version < '3.12'", "flax==0.12.12; python_version >= '3.12'",
 #   "optax==0.2.8", "playground==0.2.0", "mujoco==3.17.0", "mujoco-mjx==3.17.0", "warp-lang==1.19.0",
-#   "tyro==1.0.17", "tqdm==4.70.1", "wandb==0.31.0",
-# ]
+#   "tyro==1.0.17", "tqdm==4.70.1", "wandb==0.31.0"]
 # ///
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import count, pairwise
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Literal
 
 import jax
@@ -44,7 +48,7 @@ import optax
 import tyro
 from flax import struct
 from jax import Array, lax
-from mujoco_playground import MjxEnv, State, dm_control_suite
+from mujoco_playground import MjxEnv, dm_control_suite
 from tqdm import tqdm
 
 
@@ -82,6 +86,7 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run directory's name
     resume: str | None = None  # a run directory to continue; its arguments are taken over
     checkpoint_minutes: float = 30.0  # a checkpoint at least this often, beside those at evaluations
+    checkpoint_env_state: bool = True  # with environments, to resume exactly; else a few MB
     track: bool = False  # log to Weights & Biases (WANDB_MODE=offline works, too)
     wandb_project_name: str = "gorl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases user or team
@@ -89,7 +94,7 @@ class Args:
 CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
                   num_minibatches=16, update_epochs=8, eval_every=200_000)  # fmt: skip
 
-# --- shared: argument checks ---
+# --- shared: argument checks, environment, statistics, networks ---
 def require(ok: bool, argument: str, got: Any, takes: str) -> None:
     """Unless `ok`, ends the program with one line on stderr and exit status 2."""
     if not ok:
@@ -105,38 +110,15 @@ def check_common(args: "Args") -> None:
     for name, got in asdict(args).items():
         numbers = got if isinstance(got, tuple) else [got] if type(got) in (int, float) else []
         zero = name in ("seed", "gae_lambda", "vf_coef", "ent_coef", "kl_coef", "max_grad_norm")
-        ok = all(n > 0 or (zero and n == 0) for n in numbers)  # also false for NaN
-        ok = ok and all(n < 2**31 for n in numbers) and got != ()
-        require(ok, name, got, f"{'numbers of at least' if zero else 'numbers above'} 0, below 2^31")
-    for name in ("gamma", "gae_lambda", "clip_eps"):
-        require(np.max(getattr(args, name)) <= 1, name, getattr(args, name), "at most 1")
+        top = 1 if name in ("gamma", "gae_lambda", "clip_eps") else 2**31 - 1
+        ok = got != () and all((n > 0 or (zero and n == 0)) and n <= top for n in numbers)  # false for NaN
+        require(ok, name, got, f"numbers {'of at least' if zero else 'above'} 0, at most {top}")
     require(not args.track or find_spec("wandb"), "track", True, "the wandb package (pip install wandb)")
-    unrolls = args.batch_size * args.num_minibatches
-    takes = f"a product that --num-envs ({args.num_envs}) divides: an iteration is whole unrolls"
-    require(unrolls % args.num_envs == 0, "--batch-size times --num-minibatches", unrolls, takes)
+    got, takes = args.num_envs, "a divisor of --batch-size times --num-minibatches, an iteration's unrolls"
+    require(args.batch_size * args.num_minibatches % got == 0, "num_envs", got, takes)
     require("/" not in args.exp_name, "exp_name", args.exp_name, "a name without slashes")
-# --- end shared ---
 
-def iterations(args: Args) -> int:
-    """The total, rounded to iterations."""
-    size = args.batch_size * args.num_minibatches * args.unroll_length
-    return (2 * args.total_timesteps + size) // (2 * size)
-
-def check(args: Args) -> None:
-    """Checks every argument, before anything compiles."""
-    check_common(args)
-    require(args.ent_coef == 0, "ent_coef", args.ent_coef, "0: the entropy of a flow is not tractable")
-    size = args.batch_size * args.num_minibatches * args.unroll_length
-    takes = f"at least one iteration, {size} steps (a lower --batch-size makes it shorter)"
-    require(iterations(args) > 0, "total_timesteps", args.total_timesteps, takes)
-
-# --- shared: environment, statistics, networks ---
-@struct.dataclass
-class Envs:
-    """Environments, and the states they are reset to; leaves are (N, ...), Warp's contacts excepted."""
-    state: State
-    first: State
-    steps: Array  # control steps since the last reset
+Envs = namedtuple("Envs", "state first steps")  # now, what resets lead to, control steps since one: (N, ...)
 
 def make_env(args: "Args") -> MjxEnv:
     config = dm_control_suite.get_default_config(args.env_id)
@@ -150,13 +132,12 @@ strong_types = partial(jax.tree.map, lambda x: lax.convert_element_type(x, x.dty
 
 def reset_envs(env: MjxEnv, num_envs: int, key: Array) -> Envs:
     state = strong_types(jax.vmap(env.reset)(jax.random.split(key, num_envs)))
-    return Envs(state=state, first=state, steps=jnp.zeros(num_envs, jnp.int32))
+    return Envs(state, state, jnp.zeros(num_envs, jnp.int32))
 
 def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Array, Array, Array]:
     """Steps with tanh(u), u (N, action_dim), resets what is done: environments, reward, truncated, broken.
 
-    Truncated (N,), bool: the time limit is reached, or the environment broke. Broken (N,), bool: its physics
-    went NaN or beyond 1e6; reward and next observation are dropped. Reward is (N,), in [0, 1].
+    Truncated: broken, or at the time limit. Broken: NaN or beyond 1e6; what it returned is dropped. All (N,).
     """
     state = strong_types(jax.vmap(env.step)(envs.state, jnp.tanh(u)))
     broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~(jnp.abs(state.obs) < 1e6).all(-1)
@@ -166,14 +147,9 @@ def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Ar
         return jnp.where(done, first, now) if now.shape[:1] == truncated.shape else now
     reward, steps = jnp.where(broken, 0.0, state.reward), jnp.where(truncated, 0, envs.steps + 1)
     state = jax.tree.map(reset_done, envs.first, state)
-    return envs.replace(state=state, steps=steps), reward, truncated, broken
+    return Envs(state, envs.first, steps), reward, truncated, broken
 
-@struct.dataclass
-class RunningStats:
-    """Mean and variance, (obs_dim,) each, of all observations so far."""
-    count: Array
-    mean: Array
-    var: Array
+RunningStats = namedtuple("RunningStats", "count mean var")  # of all observations so far, (obs_dim,) each
 
 def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
     """Adds observations (..., obs_dim): Chan et al. (1979), in variances instead of sums of squares."""
@@ -255,15 +231,8 @@ def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) ->
     drawn["noise"] = jax.random.normal(keys[2], (*pairs, u.shape[-1]))
     return u, drawn | {"loss": flow_loss(args, actor, obs, u, drawn)}
 
-# --- shared: rollout ---
-@struct.dataclass
-class Transitions:
-    """What a rollout leaves, (U, T, N, ...)."""
-    obs: Array
-    u: Array
-    drawn: dict[str, Array]  # the second output of `act`
-    reward: Array
-    truncated: Array  # bool
+# --- shared: rollout, advantages, update, evaluation ---
+Transitions = namedtuple("Transitions", "obs u drawn reward truncated")  # (U, T, N, ...); drawn: see `act`
 
 def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tuple[Envs, Any, Array, dict]:
     """U unrolls of T steps: environments, transitions, last next observations (U, N, obs_dim), metrics."""
@@ -279,14 +248,12 @@ def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tu
     envs, (steps, broken, last_obs) = lax.scan(unroll, envs, keys)
     metrics = {"reward_mean": steps.reward.mean(), "nan_resets": broken.sum(), "u_std": steps.u.std()}
     return envs, steps, last_obs, metrics | {"u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
-# --- end shared ---
 
-# --- shared: advantages ---
 def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Array, Array]:
     """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
 
-    No sum crosses a truncated step: its advantage is 0, its target its own value, so it teaches nothing. The
-    advantage is r + gamma * target' - value: an error k > 0 steps later weighs gamma^k lambda^(k-1).
+    A truncated step's advantage is 0, its target its own value, and no sum crosses it: it teaches nothing.
+    Of a step's advantage r + gamma * target' - value, errors k > 0 later weigh gamma^k lambda^(k-1).
     """
     going_on, value = 1.0 - truncated, lax.stop_gradient(value)
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
@@ -310,24 +277,10 @@ def clipped_surrogate(args: "Args", log_ratio: Array, advantage: Array) -> dict[
     clipped = jnp.clip(ratio, 1 - args.clip_eps, 1 + args.clip_eps)
     far = {"approx_kl": (ratio - 1 - log_ratio).mean(), "clip_fraction": (clipped != ratio).mean()}
     return far | {"policy_loss": -jnp.minimum(ratio * advantage, clipped * advantage).mean()}
-# --- end shared ---
 
-def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: Any) -> tuple[Array, dict]:
-    """PPO with FPO's ratio, at the pairs that were drawn with the actions, and metrics.
+# Leaves (U, T, N, ...) -> (U * N, T, ...).
+as_unrolls = partial(jax.tree.map, lambda x: jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:]))
 
-    Batch leaves are (batch_size, T, ...), last_obs is (batch_size, obs_dim), observations are normalised.
-    """
-    advantage, metrics = critic_terms(args, params["critic"], batch, last_obs)
-    loss = flow_loss(args, params["actor"], batch.obs, batch.u, batch.drawn)
-    log_ratio = batch.drawn["loss"] - loss  # (batch_size, T, samples_per_action)
-    if args.ratio == "per-action":
-        metrics |= clipped_surrogate(args, log_ratio.mean(-1), advantage)
-    else:
-        metrics |= clipped_surrogate(args, jnp.clip(log_ratio, -3.0, 3.0), advantage[..., None])
-    metrics |= {"flow_loss": loss.mean(), "log_ratio_std": log_ratio.std()}
-    return metrics["policy_loss"] + args.vf_coef * metrics["value_loss"], metrics
-
-# --- shared: update ---
 def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) -> tuple[Any, dict]:
     """`update_epochs` passes over B unrolls, in new minibatches of whole unrolls each time; see `loss_fn`."""
     limit, adam = args.max_grad_norm, optax.adam(args.learning_rate)
@@ -350,19 +303,13 @@ def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) ->
     agent, metrics = lax.scan(epoch, agent, jax.random.split(key, args.update_epochs))
     return agent, jax.tree.map(jnp.mean, metrics)
 
-def as_unrolls(x: Array) -> Array:
-    """(U, T, N, ...) -> (U * N, T, ...)."""
-    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:])
-# --- end shared ---
-
-# --- shared: random keys and evaluation ---
 INIT, RESET, TRAIN, EVAL_RESET, EVAL_ACT, DECODER = range(6)
 
 def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
     """The key for a purpose at a point of a run: it depends on the seed, not on how many run beside it."""
     return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), index)
 
-def evaluate(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array, deterministic: Any) -> Array:
+def evaluate(args: "Args", env: MjxEnv, agent: Any, seed_key: Array, index: Any, deterministic: Any) -> Array:
     """Undiscounted returns (eval_envs,) of one episode each; broken physics ends its episode."""
     def step(carry: tuple, key: Array) -> tuple[tuple, None]:
         envs, running, returns = carry
@@ -370,9 +317,25 @@ def evaluate(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array, dete
         envs, reward, _, broken = step_envs(args, env, envs, u)
         running &= ~broken
         return (envs, running, returns + jnp.where(running, reward, 0.0)), None
-    start = envs, jnp.ones(args.eval_envs, bool), jnp.zeros(args.eval_envs)
-    return lax.scan(step, start, jax.random.split(key, args.episode_length))[0][2]
+    envs = reset_envs(env, args.eval_envs, derive_key(seed_key, EVAL_RESET, index))
+    keys = jax.random.split(derive_key(seed_key, EVAL_ACT, index), args.episode_length)
+    return lax.scan(step, (envs, jnp.ones(args.eval_envs, bool), jnp.zeros(args.eval_envs)), keys)[0][2]
 # --- end shared ---
+
+def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: Any) -> tuple[Array, dict]:
+    """PPO with FPO's ratio, at the pairs that were drawn with the actions, and metrics.
+
+    Batch leaves are (batch_size, T, ...), last_obs is (batch_size, obs_dim), observations are normalised.
+    """
+    advantage, metrics = critic_terms(args, params["critic"], batch, last_obs)
+    loss = flow_loss(args, params["actor"], batch.obs, batch.u, batch.drawn)
+    log_ratio = batch.drawn["loss"] - loss  # (batch_size, T, samples_per_action)
+    if args.ratio == "per-action":
+        metrics |= clipped_surrogate(args, log_ratio.mean(-1), advantage)
+    else:
+        metrics |= clipped_surrogate(args, jnp.clip(log_ratio, -3.0, 3.0), advantage[..., None])
+    metrics |= {"flow_loss": loss.mean(), "log_ratio_std": log_ratio.std()}
+    return metrics["policy_loss"] + args.vf_coef * metrics["value_loss"], metrics
 
 @struct.dataclass
 class TrainState:
@@ -380,18 +343,93 @@ class TrainState:
     agent: Agent
     envs: Envs
 
+def begin(args: Args, env: MjxEnv, seed_key: Array, index: Any) -> TrainState:
+    """A seed's first state, untrained: each `index` gives another."""
+    agent = init_agent(args, env.observation_size, env.action_size, derive_key(seed_key, INIT, index))
+    envs = reset_envs(env, args.num_envs, derive_key(seed_key, RESET, index))
+    return TrainState(agent=agent, envs=envs)
+
 def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index: Any) -> tuple:
     """Rollout, update and statistics, for one seed: the next state, and metrics."""
     agent, (rollout_key, update_key) = state.agent, jax.random.split(derive_key(seed_key, TRAIN, index))
     envs, steps, last_obs, rollout_metrics = rollout(args, env, agent, state.envs, rollout_key)
-    batch = jax.tree.map(as_unrolls, steps.replace(obs=normalize(agent.stats, steps.obs)))
+    batch = as_unrolls(steps._replace(obs=normalize(agent.stats, steps.obs)))
     last_obs = normalize(agent.stats, last_obs).reshape(-1, last_obs.shape[-1])
     agent, metrics = update(args, agent, batch, last_obs, update_key)
     # Only now do the statistics move: rollout and update saw the same ones, so that every ratio started at 1.
     agent = agent.replace(stats=merge_stats(agent.stats, steps.obs))
-    return TrainState(agent=agent, envs=envs), metrics | rollout_metrics
+    return state.replace(agent=agent, envs=envs), metrics | rollout_metrics
 
-# --- shared: run directory ---
+def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> None:
+    """Trains all seeds in `run_dir`, from its newest good checkpoint until `caught` has a signal."""
+    env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
+    seed_keys = jax.vmap(jax.random.PRNGKey)(jnp.array(seeds))
+    size, end = args.batch_size * args.num_minibatches * args.unroll_length, iterations(args)
+    fresh = partial(jax.jit(jax.vmap(partial(begin, args, env), in_axes=(0, None))), seed_keys)
+    iterate = jax.jit(jax.vmap(partial(iteration, args, env), in_axes=(0, 0, None)), donate_argnums=0)
+    returns = jax.jit(jax.vmap(partial(evaluate, args, env), in_axes=(0, 0, None, None)))
+    run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
+    state, meta = restore(run_dir, jax.eval_shape(fresh, 0), run)
+    done = meta.get("done", 0)  # iterations
+    start, saved_at, whole = time.time() - meta.get("wall_time", 0.0), time.time(), args.checkpoint_env_state
+    row = partial(log, run_dir, report, seed=seeds)
+    look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
+    bar = tqdm(total=end * size * len(seeds), initial=done * size * len(seeds), file=sys.stdout, **look)
+    evaluating = state is None
+    state = state or fresh(0)
+    if state.envs is None:
+        bar.write("The checkpoint has no environments: fresh episodes.")
+        state = state.replace(envs=fresh(10**6 + done).envs)
+    while True:
+        step, stopping = done * size, caught[:]
+        if evaluating:
+            r = np.asarray(returns(state.agent, seed_keys, 2 * done, True))
+            stats = {f"return_{name}": getattr(r, name)(1) for name in ("mean", "std", "min", "max")}
+            row("eval", step=step, stage=0, **stats, wall_time=time.time() - start)
+            bar.write(f"step {step:,}: return {r.mean(1).round(1)} +- {r.std(1).round(1)}")
+            bar.set_postfix_str(f"return {r.mean():.1f}")
+        if evaluating or stopping or time.time() - saved_at > 60 * args.checkpoint_minutes:
+            saved_at, parts = time.time(), state.replace(envs=state.envs if whole else None)
+            save_state(run_dir, f"{step:012}", parts, run=run, done=done, wall_time=saved_at - start)
+        if stopping or done == end:
+            break
+        began = time.time()
+        state, metrics = iterate(state, seed_keys, done)
+        metrics, done = jax.tree.map(np.asarray, metrics), done + 1
+        clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
+        row("train", step=done * size, stage=0, **clock, **metrics, iteration=done)
+        bar.update(size * len(seeds))
+        if done == end or done * size // 60_000_000 > step // 60_000_000:
+            save_arrays(run_dir / "checkpoints" / f"policy_{done * size}.npz", state.agent.policy())
+        evaluating = done == end or done * size // args.eval_every > step // args.eval_every
+
+def iterations(args: Args) -> int:
+    """The total, rounded to iterations."""
+    size = args.batch_size * args.num_minibatches * args.unroll_length
+    return (2 * args.total_timesteps + size) // (2 * size)
+
+def check(args: Args) -> None:
+    """Checks every argument, before anything compiles."""
+    check_common(args)
+    require(args.ent_coef == 0, "ent_coef", args.ent_coef, "0: the entropy of a flow is not tractable")
+    size = args.batch_size * args.num_minibatches * args.unroll_length
+    takes = f"at least one iteration, {size} steps (a lower --batch-size makes it shorter)"
+    require(iterations(args) > 0, "total_timesteps", args.total_timesteps, takes)
+
+def parse_args() -> Args:
+    """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
+    args = tyro.cli(Args)
+    base = replace(Args(preset=args.preset), **CPU_PRESET if args.preset == "cpu" else {})
+    base = base if args.resume is None else load_args(args.resume)
+    require(base is not None, "resume", args.resume, f"a run of {Path(__file__).name}, with its args.json")
+    args = tyro.cli(Args, default=replace(base, resume=args.resume))
+    for k, stored in asdict(base).items() if args.resume else ():
+        ok = getattr(args, k) == stored or k.startswith(("track", "wandb", "checkpoint", "resume"))
+        ok |= k == "total_timesteps" and args.total_timesteps > stored
+        require(ok, k, getattr(args, k), f"the resumed run's, {stored} (a budget may be longer)")
+    return args
+
+# --- shared: run directory, main ---
 def make_run_dir(args: "Args") -> Path:
     """Creates runs/<env-id>__<exp-name>__<seed>__<unix time>/, exclusively (on collision -2, -3, ...)."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -401,43 +439,44 @@ def make_run_dir(args: "Args") -> Path:
             (run_dir / "checkpoints").mkdir(parents=True)
             return run_dir
         except OSError as error:
-            problem = f"{args.runs_dir} ({error.strerror})"
-            require(os.path.exists(run_dir), "runs_dir", problem, "a directory to write to")
+            got = f"{args.runs_dir} ({error.strerror})"
+            require(os.path.exists(run_dir), "runs_dir", got, "a directory to write to")
 
-def write_args(args: "Args", run_dir: Path) -> None:
-    """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
+def write_args(args: "Args", run_dir: Path) -> str:
+    """args.json: arguments and, as "versions", what else a rerun needs for the same numbers; the device."""
     failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "mujoco", "mujoco-mjx", "playground", "warp-lang")
     versions = {package: version(package) for package in packages} | {"python": sys.version.split()[0]}
-    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit}
-    versions["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit, "device": device}
     (aside := run_dir / "args.tmp").write_text(json.dumps(asdict(args) | {"versions": versions}, indent=1))
     aside.replace(run_dir / "args.json")
+    return device
 
-def load_args(run_dir: str) -> "Args":
-    """The arguments of a run of this script; ValueError if it is none."""
-    try:
+def load_args(run_dir: str) -> "Args | None":
+    """The arguments of a run of this script; None if it is none."""
+    with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
         stored = json.loads((Path(run_dir) / "args.json").read_text())
         if stored.pop("versions")["script"] == Path(__file__).name:
             return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        pass
-    raise ValueError(f"{run_dir} is not a run of {Path(__file__).name}, with its args.json")
 
-def log(run_dir: Path, wandb_run: Any, name: str, **columns: Any) -> None:
-    """Appends a row for each seed to a CSV file, and to Weights & Biases; arrays lead with the seeds."""
-    columns = {k: np.broadcast_to(v, len(columns["seed"])).tolist() for k, v in columns.items()}
+def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
+    """A row a seed to a CSV file, and reported; FloatingPointError if a loss or a gradient is not finite."""
+    table = np.column_stack([np.broadcast_to(v, len(columns["seed"])) for v in columns.values()])
+    formats = ["%d" if np.asarray(v).dtype.kind in "iu" else "%.7g" for v in columns.values()]
     with (run_dir / f"{name}.csv").open("a") as file:
-        rows = zip(*columns.values(), strict=True)
-        lines = [[f"{v:.7g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-        file.writelines(",".join(line) + "\n" for line in (lines if file.tell() else [columns, *lines]))
-    for i, seed in enumerate(columns["seed"]) if wandb_run else ():
-        wandb_run.log({k if k == "step" else f"{name}/{k}/seed_{seed}": v[i] for k, v in columns.items()})
+        np.savetxt(file, table, formats, ",", header="" if file.tell() else ",".join(columns), comments="")
+    for seed, row in zip(columns["seed"], table.tolist(), strict=True):
+        row = dict(zip(columns, row, strict=True))
+        report({k if k == "step" else f"{name}/{k}/seed_{seed}": v for k, v in row.items()})
+        if bad := [k for k, v in row.items() if ("loss" in k or "norm" in k) and not np.isfinite(v)]:
+            where = [f"{k} {row[k]:.0f}" for k in ("iteration", "stage", "epoch") if k in row]
+            raise FloatingPointError(f"seed {seed}, {', '.join(where)}: not finite: {', '.join(bad)}")
 
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
     """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
     arrays = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
-    with (aside := path.with_suffix(".tmp")).open("wb") as file:
+    with (aside := path.with_name("unfinished.tmp")).open("wb") as file:
         np.savez(file, meta=json.dumps(meta), **arrays)
         file.flush()
         os.fsync(file.fileno())
@@ -451,54 +490,62 @@ def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
             raise ValueError(f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}")
         return jnp.array(array)
     with np.load(path, allow_pickle=False) as file:
-        return jax.tree.map_with_path(load, like), json.loads(str(file["meta"]))
+        meta = json.loads(str(file["meta"]))
+        return jax.tree.map_with_path(load, like.replace(**dict.fromkeys(meta.get("without", [])))), meta
 
-def save_state(run_dir: Path, step: int, state: Any, **meta: Any) -> None:
-    """A checkpoint to resume from; it and the newest one before it are kept."""
+def save_state(run_dir: Path, name: str, state: Any, **meta: Any) -> None:
+    """A checkpoint to resume from, without parts that are None; it and the newest before it are kept."""
     meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
-    save_arrays(file := run_dir / "checkpoints" / f"state_{step:012}.npz", state, **meta)
+    meta["without"] = [name for name, part in vars(state).items() if part is None]
+    save_arrays(file := run_dir / "checkpoints" / f"state_{name}.npz", state, **meta)
     for old in sorted(f for f in file.parent.glob("state_*.npz") if f.name <= file.name)[:-2]:
         old.unlink()  # a damaged one may be newer
 
-def restore(run_dir: Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """The newest good checkpoint's state and meta, None if there is none; CSV files lose what came after."""
-    state, meta = None, {"done": 0, "stage": 0, "wall_time": 0.0, "bytes": {}}
-    files = sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)
-    for file in files:
+def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, Any]]:
+    """State and meta of the newest good checkpoint, if there is one; CSV files lose what came after."""
+    sizes = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
+    for file in (files := sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)):
         try:
             state, meta = load_arrays(file, like)
-            break
+            if meta["run"] == run and all(sizes.get(k, 0) >= n for k, n in meta["bytes"].items()):
+                break
+            raise ValueError(f"it is of {meta['run']}, or CSV files have lost rows since")
         except Exception as error:
             print(f"{file}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
-    require(state is not None or not files, "resume", run_dir, "a run with a checkpoint that can be read")
-    for path in run_dir.glob("*.csv"):
-        os.truncate(path, min(path.stat().st_size, meta["bytes"].get(path.name, 0)))
+    else:
+        require(not files, "resume", run_dir, "a run with a checkpoint that can be read")
+        state, meta = None, {"bytes": {}}
+    for name in sizes:
+        os.truncate(run_dir / name, meta["bytes"].get(name, 0))
     return state, meta
 
-def start_wandb(args: "Args", run_dir: Path) -> Any:
-    """The Weights & Biases run of the run directory's name."""
-    import wandb
-    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
-    config = json.loads((run_dir / "args.json").read_text())
-    run = wandb.init(**where, name=run_dir.name, id=run_dir.name, config=config, resume="allow")
-    run.define_metric("*", step_metric="step")
-    return run
-
-def progress_bar(args: "Args", run_dir: Path, done: int, total: int) -> tqdm:
-    """Says what runs where and for how long, of `total` steps a seed; the progress bar."""
-    seeds, device = f"{args.num_seeds} seed(s) from {args.seed}", jax.devices()[0].device_kind
-    print(f"{args.env_id}, {seeds}: {total:,} steps each on {jax.device_count()} x {device}; {run_dir}")
-    if jax.default_backend() == "cpu" and args.preset != "cpu":
-        print(f"On a CPU: {total * args.num_seeds / 1.8e7:.0f} hours at 5000 steps/s. --preset cpu is short.")
-    look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
-    return tqdm(total=total * args.num_seeds, initial=done * args.num_seeds, file=sys.stdout, **look)
+def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
+    """A thread's work: rows to Weights & Biases until None comes, offline once that fails; nobody waits."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # it would ask for a login
+    row, about = rows.get(), {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
+    caps = {"init_timeout": 20, "finish_timeout": 20, "x_transaction_log_flush_interval": 1, "console": "off"}
+    about |= {"id": run_dir.name, "name": run_dir.name, "config": asdict(args), "settings": caps}
+    for mode in (None, "offline") if args.track else ():  # None: as WANDB_MODE says
+        try:
+            import wandb
+            run = wandb.init(resume="allow", mode=mode, **about)
+            run.define_metric("*", step_metric="step")
+            while row is not None:
+                run.log(row)
+                row = rows.get()
+            return wandb.teardown()
+        except Exception as error:
+            print(f"Weights & Biases: {error}; going on offline, in {run_dir}/wandb", file=sys.stderr)
+            with suppress(BaseException):
+                wandb.teardown()  # or the id stays in use
 
 def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) -> Any:
-    """A trained policy f(obs, key, deterministic=False) -> u, of raw observations (..., obs_dim).
+    """A policy f(obs, key, deterministic=False) -> u, of raw observations (..., obs_dim); it acts tanh(u).
 
-    The action is tanh(u). By default it is the last step's, of the run's first seed; others: ValueError.
+    By default it is the last step's, of the run's first seed. ValueError if the run has no such policy.
     """
-    args = load_args(run_dir)
+    if (args := load_args(run_dir)) is None:
+        raise ValueError(f"{run_dir} is not a run of {Path(__file__).name}, with its args.json")
     files = {int(f.stem.split("_")[1]): f for f in Path(run_dir).glob("checkpoints/policy_*.npz")}
     seeds, seed = range(args.seed, args.seed + args.num_seeds), args.seed if seed is None else seed
     step = max(files, default=None) if step is None else step
@@ -506,88 +553,42 @@ def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) 
         raise ValueError(f"{run_dir} has no step {step}, seed {seed}, but steps {sorted(files)}, {seeds}")
     env, keys = make_env(args), jnp.zeros((len(seeds), 2), jnp.uint32)
     init = jax.vmap(partial(init_agent, args, env.observation_size, env.action_size))
-    agents, _ = load_arrays(files[step], jax.eval_shape(lambda keys: init(keys).policy(), keys))
-    agent, jitted = jax.tree.map(lambda x: x[seeds.index(seed)], agents), jax.jit(partial(act, args))
-    def policy(obs: Array, key: Array, deterministic: bool = False) -> Array:
-        with jax.default_matmul_precision("highest"):
-            return jitted(agent, obs, key, deterministic)[0]
-    return policy
-# --- end shared ---
+    agents, _ = load_arrays(files[step], jax.eval_shape(lambda: init(keys).policy()))
+    agent = jax.tree.map(lambda x: x[seeds.index(seed)], agents)
+    policy = jax.jit(lambda obs, key, deterministic=False: act(args, agent, obs, key, deterministic)[0])
+    return jax.default_matmul_precision("highest")(policy)
 
-def train(args: Args, run_dir: Path) -> None:
-    """Trains all seeds in `run_dir`, from its newest good checkpoint. Each phase compiles once, for all."""
-    env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
-    seed_keys = jax.vmap(jax.random.PRNGKey)(jnp.array(seeds))
-    size, end = args.batch_size * args.num_minibatches * args.unroll_length, iterations(args)
-    iterate = jax.jit(jax.vmap(partial(iteration, args, env), in_axes=(0, 0, None)), donate_argnums=0)
-    episodes = jax.jit(jax.vmap(partial(evaluate, args, env), in_axes=(0, 0, 0, None)))
-    init = jax.jit(jax.vmap(partial(init_agent, args, env.observation_size, env.action_size)))
-    reset = jax.jit(lambda n, keys: jax.vmap(partial(reset_envs, env, n))(keys), static_argnums=0)
-    keys = partial(jax.jit(jax.vmap(derive_key, in_axes=(0, None, None))), seed_keys)
-    def begin() -> TrainState:
-        return TrainState(init(keys(INIT, 0)), reset(args.num_envs, keys(RESET, 0)))
-    def returns(agent: Agent, index: int, deterministic: bool) -> np.ndarray:
-        envs = reset(args.eval_envs, keys(EVAL_RESET, index))
-        return np.asarray(episodes(agent, envs, keys(EVAL_ACT, index), deterministic))
-    def evaluation(state: TrainState) -> None:
-        r, now = returns(state.agent, 2 * done, deterministic=True), time.time() - start
-        stats = {f"return_{name}": getattr(r, name)(1) for name in ("mean", "std", "min", "max")}
-        row("eval", step=done * size, stage=0, **stats, wall_time=now)
-        text = ", ".join(f"{mean:.1f} +- {std:.1f}" for mean, std in zip(r.mean(1), r.std(1), strict=True))
-        bar.write(f"step {done * size:,}, {now:.0f} s: return {text}")
-        bar.set_postfix_str(f"return {r.mean():.1f}")
-    state, meta = restore(run_dir, jax.eval_shape(begin))
-    done, start = meta["done"], time.time() - meta["wall_time"]  # done: iterations
-    row = partial(log, run_dir, start_wandb(args, run_dir) if args.track else None, seed=seeds)
-    bar, saved_at = progress_bar(args, run_dir, done * size, end * size), time.time()
-    if state is None:
-        state = begin()
-        evaluation(state)
-    while done < end:
-        began, before = time.time(), done * size
-        state, metrics = iterate(state, seed_keys, done)
-        metrics, done, step = jax.tree.map(np.asarray, metrics), done + 1, before + size
-        clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
-        row("train", step=step, stage=0, **clock, **metrics)
-        bar.update(size * len(seeds))
-        if done == end or step // 60_000_000 > before // 60_000_000:
-            save_arrays(run_dir / "checkpoints" / f"policy_{step}.npz", state.agent.policy())
-        if evaluated := done == end or step // args.eval_every > before // args.eval_every:
-            evaluation(state)
-        if evaluated or time.time() - saved_at > 60 * args.checkpoint_minutes:
-            save_state(run_dir, step, state, done=done, wall_time=time.time() - start)
-            saved_at = time.time()
-    bar.close()
-    print(f"finished: {done * size:,} steps a seed in {time.time() - start:.0f} s; see {run_dir}")
-
-def parse_args() -> Args:
-    """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
-    args = tyro.cli(Args)
-    try:
-        base = Args(preset=args.preset) if args.resume is None else load_args(args.resume)
-    except ValueError:
-        require(False, "resume", args.resume, f"a run of {Path(__file__).name}, with its args.json")
-    base = replace(base, **CPU_PRESET if args.preset == "cpu" and not args.resume else {}, resume=args.resume)
-    args = tyro.cli(Args, default=base)
-    for k, stored in asdict(base).items() if args.resume else ():
-        ok = getattr(args, k) == stored or k.startswith(("track", "wandb", "checkpoint"))
-        ok |= k == "total_timesteps" and args.total_timesteps > stored
-        require(ok, k, getattr(args, k), f"the resumed run's, {stored} (a budget may be longer)")
-    return args
-
-# --- shared: main ---
-def main() -> None:
-    args = parse_args()
+def main() -> int:
+    args, caught, rows = parse_args(), [], SimpleQueue()
     check(args)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "jax"
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
+    jax.config.update("jax_default_matmul_precision", "highest")  # for physics; GPUs default to less
+    def stop(number: int, _: Any) -> None:
+        os._exit(128 + number) if caught else caught.append(number)
+        print("Stopping after this iteration or epoch; a second signal stops at once.", file=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
-    require(os.access(run_dir, os.W_OK), "resume", run_dir, "a directory to write to")
-    write_args(args, run_dir)
-    with jax.default_matmul_precision("highest"):  # physics wants full float32, and GPUs default to less
-        train(args, run_dir)
+    resume = f"go on with: python {sys.argv[0]} --resume {run_dir}"
+    (tracker := Thread(target=track, args=(args, run_dir, rows), daemon=True)).start()
+    try:
+        device, n, total = write_args(args, run_dir), args.num_seeds, args.total_timesteps
+        print(f"{args.env_id}, {n} seed(s) from {args.seed}: {total:,} steps each on {device}; {run_dir}")
+        if jax.default_backend() == "cpu" and args.preset != "cpu":
+            print(f"On a CPU: {total * n / 1.8e7:.0f} hours at 5000 steps/s. --preset cpu is short.")
+        with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
+            pool.submit(train, args, run_dir, caught, rows.put if args.track else bool).result()
+    except (OSError, FloatingPointError) as error:
+        good = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
+        print(f"{sys.argv[0]}: {error}; last good checkpoint: {good}; {resume}", file=sys.stderr)
+        return 1
+    finally:
+        rows.put(None)
+        tracker.join(30)
+    print(f"stopped by {signal.Signals(caught[0]).name}; {resume}" if caught else f"finished; see {run_dir}")
+    return 128 + caught[0] if caught else 0
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
 # --- end shared ---

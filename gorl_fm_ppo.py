@@ -16,25 +16,29 @@ Axes in comments: K seeds, N environments, U unrolls of an environment in an ite
 
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#   "jax==0.10.1; python_version < '3.12'", "jax==0.12.0.1; python_version >= '3.12'",
+# dependencies = ["jax==0.10.1; python_version < '3.12'", "jax==0.12.0.1; python_version >= '3.12'",
 #   "flax==0.12.8; python_version < '3.12'", "flax==0.12.12; python_version >= '3.12'",
 #   "optax==0.2.8", "playground==0.2.0", "mujoco==3.17.0", "mujoco-mjx==3.17.0", "warp-lang==1.19.0",
-#   "tyro==1.0.17", "tqdm==4.70.1", "wandb==0.31.0",
-# ]
+#   "tyro==1.0.17", "tqdm==4.70.1", "wandb==0.31.0"]
 # ///
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import accumulate, count, pairwise
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Literal
 
 import jax
@@ -45,7 +49,7 @@ import tyro
 from flax import struct
 from jax import Array, lax
 from jax.scipy.stats import norm
-from mujoco_playground import MjxEnv, State, dm_control_suite
+from mujoco_playground import MjxEnv, dm_control_suite
 from tqdm import tqdm
 
 
@@ -89,16 +93,16 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run directory's name
     resume: str | None = None  # a run directory to continue; its arguments are taken over
     checkpoint_minutes: float = 30.0  # a checkpoint at least this often, beside those at evaluations
+    checkpoint_env_state: bool = True  # with environments and decoder data, to resume exactly; else a few MB
     track: bool = False  # log to Weights & Biases (WANDB_MODE=offline works, too)
     wandb_project_name: str = "gorl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases user or team
 
-STAGE_COEFFICIENTS = ("clip_eps", "max_grad_norm", "kl_coef")
 CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
                   num_minibatches=16, update_epochs=8, eval_every=200_000, decoder_epochs=10,
                   decoder_batch_size=1024, decoder_buffer_size=100_000)  # fmt: skip
 
-# --- shared: argument checks ---
+# --- shared: argument checks, environment, statistics, networks ---
 def require(ok: bool, argument: str, got: Any, takes: str) -> None:
     """Unless `ok`, ends the program with one line on stderr and exit status 2."""
     if not ok:
@@ -114,47 +118,15 @@ def check_common(args: "Args") -> None:
     for name, got in asdict(args).items():
         numbers = got if isinstance(got, tuple) else [got] if type(got) in (int, float) else []
         zero = name in ("seed", "gae_lambda", "vf_coef", "ent_coef", "kl_coef", "max_grad_norm")
-        ok = all(n > 0 or (zero and n == 0) for n in numbers)  # also false for NaN
-        ok = ok and all(n < 2**31 for n in numbers) and got != ()
-        require(ok, name, got, f"{'numbers of at least' if zero else 'numbers above'} 0, below 2^31")
-    for name in ("gamma", "gae_lambda", "clip_eps"):
-        require(np.max(getattr(args, name)) <= 1, name, getattr(args, name), "at most 1")
+        top = 1 if name in ("gamma", "gae_lambda", "clip_eps") else 2**31 - 1
+        ok = got != () and all((n > 0 or (zero and n == 0)) and n <= top for n in numbers)  # false for NaN
+        require(ok, name, got, f"numbers {'of at least' if zero else 'above'} 0, at most {top}")
     require(not args.track or find_spec("wandb"), "track", True, "the wandb package (pip install wandb)")
-    unrolls = args.batch_size * args.num_minibatches
-    takes = f"a product that --num-envs ({args.num_envs}) divides: an iteration is whole unrolls"
-    require(unrolls % args.num_envs == 0, "--batch-size times --num-minibatches", unrolls, takes)
+    got, takes = args.num_envs, "a divisor of --batch-size times --num-minibatches, an iteration's unrolls"
+    require(args.batch_size * args.num_minibatches % got == 0, "num_envs", got, takes)
     require("/" not in args.exp_name, "exp_name", args.exp_name, "a name without slashes")
-# --- end shared ---
 
-def split_total(total: int) -> tuple[int, ...]:
-    """Stage budgets in the proportions of App. E.4's 60M, 60M, 30M and 30M steps."""
-    return tuple(end - start for start, end in pairwise(total * sixths // 6 for sixths in (0, 2, 4, 5, 6)))
-
-def stage_ends(args: Args) -> list[int]:
-    """Iterations done when each stage ends: cumulative budgets, rounded to iterations in integers."""
-    size = args.batch_size * args.num_minibatches * args.unroll_length
-    return [(2 * budget + size) // (2 * size) for budget in accumulate(args.stage_timesteps)]
-
-def check(args: Args) -> None:
-    """Checks every argument, before anything compiles."""
-    check_common(args)
-    size, stages = args.batch_size * args.num_minibatches * args.unroll_length, args.stage_timesteps
-    for m, (start, end) in enumerate(pairwise([0, *stage_ends(args)])):
-        name = "total_timesteps" if stages == split_total(args.total_timesteps) else "stage_timesteps"
-        takes = f"at least one iteration, {size} steps, a stage (a lower --batch-size makes it shorter)"
-        require(end > start, name, f"{stages[m]} steps for stage {m}", takes)
-        pairs = min((end - start) * size, args.decoder_buffer_size // args.num_envs * args.num_envs)
-        require(pairs > 0, "decoder_buffer_size", args.decoder_buffer_size, f"at least {args.num_envs}")
-        ok, takes = args.decoder_batch_size <= pairs, f"at most the {pairs} pairs that stage {m} records"
-        require(ok or m == len(stages) - 1, "decoder_batch_size", args.decoder_batch_size, takes)
-
-# --- shared: environment, statistics, networks ---
-@struct.dataclass
-class Envs:
-    """Environments, and the states they are reset to; leaves are (N, ...), Warp's contacts excepted."""
-    state: State
-    first: State
-    steps: Array  # control steps since the last reset
+Envs = namedtuple("Envs", "state first steps")  # now, what resets lead to, control steps since one: (N, ...)
 
 def make_env(args: "Args") -> MjxEnv:
     config = dm_control_suite.get_default_config(args.env_id)
@@ -168,13 +140,12 @@ strong_types = partial(jax.tree.map, lambda x: lax.convert_element_type(x, x.dty
 
 def reset_envs(env: MjxEnv, num_envs: int, key: Array) -> Envs:
     state = strong_types(jax.vmap(env.reset)(jax.random.split(key, num_envs)))
-    return Envs(state=state, first=state, steps=jnp.zeros(num_envs, jnp.int32))
+    return Envs(state, state, jnp.zeros(num_envs, jnp.int32))
 
 def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Array, Array, Array]:
     """Steps with tanh(u), u (N, action_dim), resets what is done: environments, reward, truncated, broken.
 
-    Truncated (N,), bool: the time limit is reached, or the environment broke. Broken (N,), bool: its physics
-    went NaN or beyond 1e6; reward and next observation are dropped. Reward is (N,), in [0, 1].
+    Truncated: broken, or at the time limit. Broken: NaN or beyond 1e6; what it returned is dropped. All (N,).
     """
     state = strong_types(jax.vmap(env.step)(envs.state, jnp.tanh(u)))
     broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~(jnp.abs(state.obs) < 1e6).all(-1)
@@ -184,14 +155,9 @@ def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Ar
         return jnp.where(done, first, now) if now.shape[:1] == truncated.shape else now
     reward, steps = jnp.where(broken, 0.0, state.reward), jnp.where(truncated, 0, envs.steps + 1)
     state = jax.tree.map(reset_done, envs.first, state)
-    return envs.replace(state=state, steps=steps), reward, truncated, broken
+    return Envs(state, envs.first, steps), reward, truncated, broken
 
-@struct.dataclass
-class RunningStats:
-    """Mean and variance, (obs_dim,) each, of all observations so far."""
-    count: Array
-    mean: Array
-    var: Array
+RunningStats = namedtuple("RunningStats", "count mean var")  # of all observations so far, (obs_dim,) each
 
 def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
     """Adds observations (..., obs_dim): Chan et al. (1979), in variances instead of sums of squares."""
@@ -242,12 +208,12 @@ def init_agent(args: Args, obs_dim: int, action_dim: int, key: Array) -> Agent:
     stats = RunningStats(count=jnp.zeros(()), mean=jnp.zeros(obs_dim), var=jnp.ones(obs_dim))
     return Agent(params=params, opt=opt, stats=stats, decoder={"net": net, "stats": stats})
 
-def start_stage(args: Args, agent: Agent, fresh: Agent) -> Agent:
+def start_stage(args: Args, agent: Agent, decoder: Any, fresh: Agent) -> Agent:
     """Encoder and its Adam state start afresh, at N(0, I) (section 3.2); critic and statistics carry on."""
     if args.reinit_critic:
-        return fresh.replace(decoder=agent.decoder)
-    params = agent.params | {"encoder": fresh.params["encoder"]}
-    return agent.replace(params=params, opt=agent.opt | {"encoder": fresh.opt["encoder"]})
+        return fresh.replace(decoder=decoder)
+    params, opt = ({**getattr(agent, k), "encoder": getattr(fresh, k)["encoder"]} for k in ("params", "opt"))
+    return agent.replace(params=params, opt=opt, decoder=decoder)
 
 def latent_distribution(encoder: Any, obs: Array) -> tuple[Array, Array]:
     """Mean and std, (..., action_dim) each, of pi(latent | s) at normalised observations (App. E.3)."""
@@ -274,15 +240,8 @@ def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) ->
     log_prob = norm.logpdf(latent, mean, std).sum(-1)
     return decode(args, agent.decoder, obs, latent), {"latent": latent, "log_prob": log_prob}
 
-# --- shared: rollout ---
-@struct.dataclass
-class Transitions:
-    """What a rollout leaves, (U, T, N, ...)."""
-    obs: Array
-    u: Array
-    drawn: dict[str, Array]  # the second output of `act`
-    reward: Array
-    truncated: Array  # bool
+# --- shared: rollout, advantages, update, evaluation ---
+Transitions = namedtuple("Transitions", "obs u drawn reward truncated")  # (U, T, N, ...); drawn: see `act`
 
 def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tuple[Envs, Any, Array, dict]:
     """U unrolls of T steps: environments, transitions, last next observations (U, N, obs_dim), metrics."""
@@ -298,14 +257,12 @@ def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tu
     envs, (steps, broken, last_obs) = lax.scan(unroll, envs, keys)
     metrics = {"reward_mean": steps.reward.mean(), "nan_resets": broken.sum(), "u_std": steps.u.std()}
     return envs, steps, last_obs, metrics | {"u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
-# --- end shared ---
 
-# --- shared: advantages ---
 def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Array, Array]:
     """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
 
-    No sum crosses a truncated step: its advantage is 0, its target its own value, so it teaches nothing. The
-    advantage is r + gamma * target' - value: an error k > 0 steps later weighs gamma^k lambda^(k-1).
+    A truncated step's advantage is 0, its target its own value, and no sum crosses it: it teaches nothing.
+    Of a step's advantage r + gamma * target' - value, errors k > 0 later weigh gamma^k lambda^(k-1).
     """
     going_on, value = 1.0 - truncated, lax.stop_gradient(value)
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
@@ -329,27 +286,10 @@ def clipped_surrogate(args: "Args", log_ratio: Array, advantage: Array) -> dict[
     clipped = jnp.clip(ratio, 1 - args.clip_eps, 1 + args.clip_eps)
     far = {"approx_kl": (ratio - 1 - log_ratio).mean(), "clip_fraction": (clipped != ratio).mean()}
     return far | {"policy_loss": -jnp.minimum(ratio * advantage, clipped * advantage).mean()}
-# --- end shared ---
 
-def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: Any) -> tuple[Array, dict]:
-    """Latent PPO (Eq. 3, 5) and metrics. The decoder is all in the advantages (Lemma 3.1), not in the loss.
+# Leaves (U, T, N, ...) -> (U * N, T, ...).
+as_unrolls = partial(jax.tree.map, lambda x: jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:]))
 
-    Batch leaves are (batch_size, T, ...), last_obs is (batch_size, obs_dim), observations are normalised.
-    """
-    advantage, metrics = critic_terms(args, params["critic"], batch, last_obs)
-    mean, std = latent_distribution(params["encoder"], batch.obs)
-    log_std, log_prob = jnp.log(std), norm.logpdf(batch.drawn["latent"], mean, std).sum(-1)
-    metrics |= clipped_surrogate(args, log_prob - batch.drawn["log_prob"], advantage) | {
-        "entropy": (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1).mean(),
-        "latent_kl": (0.5 * (jnp.square(mean) + jnp.square(std) - 1) - log_std).sum(-1).mean(),  # Eq. 3
-        "latent_l2": jnp.square(mean).mean() + jnp.square(log_std).mean(),  # App. E.4
-        "latent_log_std": log_std.mean(),
-        "latent_beyond_3": (jnp.abs(batch.drawn["latent"]) > 3).mean(),
-    }
-    loss = metrics["policy_loss"] + args.vf_coef * metrics["value_loss"] - args.ent_coef * metrics["entropy"]
-    return loss + args.kl_coef * metrics[f"latent_{args.latent_penalty}"], metrics
-
-# --- shared: update ---
 def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) -> tuple[Any, dict]:
     """`update_epochs` passes over B unrolls, in new minibatches of whole unrolls each time; see `loss_fn`."""
     limit, adam = args.max_grad_norm, optax.adam(args.learning_rate)
@@ -372,10 +312,40 @@ def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) ->
     agent, metrics = lax.scan(epoch, agent, jax.random.split(key, args.update_epochs))
     return agent, jax.tree.map(jnp.mean, metrics)
 
-def as_unrolls(x: Array) -> Array:
-    """(U, T, N, ...) -> (U * N, T, ...)."""
-    return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:])
+INIT, RESET, TRAIN, EVAL_RESET, EVAL_ACT, DECODER = range(6)
+
+def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
+    """The key for a purpose at a point of a run: it depends on the seed, not on how many run beside it."""
+    return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), index)
+
+def evaluate(args: "Args", env: MjxEnv, agent: Any, seed_key: Array, index: Any, deterministic: Any) -> Array:
+    """Undiscounted returns (eval_envs,) of one episode each; broken physics ends its episode."""
+    def step(carry: tuple, key: Array) -> tuple[tuple, None]:
+        envs, running, returns = carry
+        u, _ = act(args, agent, envs.state.obs, key, deterministic)
+        envs, reward, _, broken = step_envs(args, env, envs, u)
+        running &= ~broken
+        return (envs, running, returns + jnp.where(running, reward, 0.0)), None
+    envs = reset_envs(env, args.eval_envs, derive_key(seed_key, EVAL_RESET, index))
+    keys = jax.random.split(derive_key(seed_key, EVAL_ACT, index), args.episode_length)
+    return lax.scan(step, (envs, jnp.ones(args.eval_envs, bool), jnp.zeros(args.eval_envs)), keys)[0][2]
 # --- end shared ---
+
+def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: Any) -> tuple[Array, dict]:
+    """Latent PPO (Eq. 3, 5) and metrics; batch leaves are (batch_size, T, ...), observations normalised."""
+    # Nothing here knows of the decoder: like the environment, it acts through the advantages (Lemma 3.1).
+    advantage, metrics = critic_terms(args, params["critic"], batch, last_obs)
+    mean, std = latent_distribution(params["encoder"], batch.obs)
+    log_std, log_prob = jnp.log(std), norm.logpdf(batch.drawn["latent"], mean, std).sum(-1)
+    metrics |= clipped_surrogate(args, log_prob - batch.drawn["log_prob"], advantage) | {
+        "entropy": (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1).mean(),
+        "latent_kl": (0.5 * (jnp.square(mean) + jnp.square(std) - 1) - log_std).sum(-1).mean(),  # Eq. 3
+        "latent_l2": jnp.square(mean).mean() + jnp.square(log_std).mean(),  # App. E.4
+        "latent_log_std": log_std.mean(),
+        "latent_beyond_3": (jnp.abs(batch.drawn["latent"]) > 3).mean(),
+    }
+    loss = metrics["policy_loss"] + args.vf_coef * metrics["value_loss"] - args.ent_coef * metrics["entropy"]
+    return loss + args.kl_coef * metrics[f"latent_{args.latent_penalty}"], metrics
 
 def record(ring: dict[str, Array], written: Any, new: dict[str, Array]) -> dict[str, Array]:
     """Writes steps (U, T, N, ...) over a ring's (C, N, ...) oldest rows, the stage's `written` + 1st such."""
@@ -392,11 +362,11 @@ def decoder_loss(net: Any, args: Args, obs: Array, u: Array, key: Array) -> Arra
     v = velocity(net, jnp.broadcast_to(obs, (8, *obs.shape)), (1 - tau) * noise + tau * u, tau)
     return jnp.square(v - (u - noise)).sum(-1).mean()
 
-def decoder_epoch(args: Args, pairs: int, decoder: Any, opt: Any, ring: Any, key: Array) -> tuple:
+def decoder_epoch(args: Args, pairs: int, decoder: Any, opt: Any, ring: Any, seed_key: Any, i: Any) -> tuple:
     """One shuffled pass over the ring's first `pairs` entries: decoder, Adam state and mean loss after it."""
-    adam = optax.adam(args.decoder_learning_rate)
+    adam, batches = optax.adam(args.decoder_learning_rate), pairs // args.decoder_batch_size
     obs, u = (ring[name].reshape(-1, ring[name].shape[-1]) for name in ("obs", "u"))
-    batches, (rows_key, key) = pairs // args.decoder_batch_size, jax.random.split(key)
+    rows_key, key = jax.random.split(derive_key(seed_key, DECODER, i))
     rows = jax.random.permutation(rows_key, pairs)[: batches * args.decoder_batch_size].reshape(batches, -1)
     def step(carry: tuple[Any, Any], x: tuple[Array, Array]) -> tuple[tuple[Any, Any], Array]:
         (net, opt), (rows, key) = carry, x
@@ -407,48 +377,156 @@ def decoder_epoch(args: Args, pairs: int, decoder: Any, opt: Any, ring: Any, key
     (net, opt), losses = lax.scan(step, (decoder["net"], opt), (rows, jax.random.split(key, batches)))
     return decoder | {"net": net}, opt, losses.mean()
 
-# --- shared: random keys and evaluation ---
-INIT, RESET, TRAIN, EVAL_RESET, EVAL_ACT, DECODER = range(6)
-
-def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
-    """The key for a purpose at a point of a run: it depends on the seed, not on how many run beside it."""
-    return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), index)
-
-def evaluate(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array, deterministic: Any) -> Array:
-    """Undiscounted returns (eval_envs,) of one episode each; broken physics ends its episode."""
-    def step(carry: tuple, key: Array) -> tuple[tuple, None]:
-        envs, running, returns = carry
-        u, _ = act(args, agent, envs.state.obs, key, deterministic)
-        envs, reward, _, broken = step_envs(args, env, envs, u)
-        running &= ~broken
-        return (envs, running, returns + jnp.where(running, reward, 0.0)), None
-    start = envs, jnp.ones(args.eval_envs, bool), jnp.zeros(args.eval_envs)
-    return lax.scan(step, start, jax.random.split(key, args.episode_length))[0][2]
-# --- end shared ---
-
 @struct.dataclass
 class TrainState:
     """All that changes in a run. Random keys are not in it: they follow from seed and iteration."""
     agent: Agent
     envs: Envs
     ring: dict[str, Array]  # "obs", "u", "reward": the stage's latest C steps of every environment
+    learner: Any  # in a refinement, the next decoder and its Adam state; else None
 
-def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index: Any, stage: Any) -> tuple:
+def begin(args: Args, env: MjxEnv, seed_key: Array, index: Any) -> TrainState:
+    """A seed's first state, untrained, or that of one of its stages: each `index` gives others."""
+    agent = init_agent(args, env.observation_size, env.action_size, derive_key(seed_key, INIT, index))
+    envs = reset_envs(env, args.num_envs, derive_key(seed_key, RESET, index))
+    row = {"obs": envs.state.obs, "u": jnp.zeros((args.num_envs, env.action_size)), "reward": envs.steps}
+    rows = args.decoder_buffer_size // args.num_envs
+    ring = {name: jnp.zeros((rows, *x.shape)) for name, x in row.items()}
+    learner = agent.decoder, optax.adam(args.decoder_learning_rate).init(agent.decoder["net"])
+    return TrainState(agent=agent, envs=envs, ring=ring, learner=learner)
+
+def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index: Any, now: Any) -> tuple:
     """Rollout, update, statistics and recording, for one seed: the next state, and metrics."""
+    stage, recorded = now  # `recorded`: iterations in the ring so far
     # The stage's value of each coefficient, or the last: JAX clamps an index beyond it.
-    args = replace(args, **{k: jnp.array(getattr(args, k))[stage] for k in STAGE_COEFFICIENTS})
+    args = replace(args, **{k: jnp.array(v)[stage] for k, v in vars(args).items() if isinstance(v, tuple)})
     agent, (rollout_key, update_key) = state.agent, jax.random.split(derive_key(seed_key, TRAIN, index))
     envs, steps, last_obs, rollout_metrics = rollout(args, env, agent, state.envs, rollout_key)
-    batch = jax.tree.map(as_unrolls, steps.replace(obs=normalize(agent.stats, steps.obs)))
+    batch = as_unrolls(steps._replace(obs=normalize(agent.stats, steps.obs)))
     last_obs = normalize(agent.stats, last_obs).reshape(-1, last_obs.shape[-1])
     agent, metrics = update(args, agent, batch, last_obs, update_key)
     # Only now do the statistics move: rollout and update saw the same ones, so that every ratio started at 1.
     agent = agent.replace(stats=merge_stats(agent.stats, steps.obs))
-    before = jnp.array([0, *stage_ends(args)])[stage]  # iterations before this stage
-    ring = record(state.ring, index - before, {k: getattr(steps, k) for k in state.ring})
-    return TrainState(agent=agent, envs=envs, ring=ring), metrics | rollout_metrics
+    ring = record(state.ring, recorded, {k: getattr(steps, k) for k in state.ring})
+    return state.replace(agent=agent, envs=envs, ring=ring), metrics | rollout_metrics
 
-# --- shared: run directory ---
+def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> None:
+    """Algorithm 1 for all seeds in `run_dir`, from its newest good checkpoint until `caught` has a signal."""
+    env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
+    seed_keys = jax.vmap(jax.random.PRNGKey)(jnp.array(seeds))
+    size, ends = args.batch_size * args.num_minibatches * args.unroll_length, stage_ends(args)
+    fresh = partial(jax.jit(jax.vmap(partial(begin, args, env), in_axes=(0, None))), seed_keys)
+    iterate = jax.jit(jax.vmap(partial(iteration, args, env), in_axes=(0, 0, None, None)), donate_argnums=0)
+    returns = jax.jit(jax.vmap(partial(evaluate, args, env), in_axes=(0, 0, None, None)))
+    decoder_pass = jax.jit(lambda n, *x: jax.vmap(partial(decoder_epoch, args, n))(*x), static_argnums=0)
+    run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
+    state, meta = restore(run_dir, jax.eval_shape(fresh, 0), run)
+    # Iterations done; the stage; epochs done of the refinement after it; its iterations that the ring has.
+    done, stage, epoch, recorded = (meta.get(k, 0) for k in ("done", "stage", "epoch", "recorded"))
+    start, saved_at, whole = time.time() - meta.get("wall_time", 0.0), time.time(), args.checkpoint_env_state
+    row = partial(log, run_dir, report, seed=seeds)
+    look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
+    bar = tqdm(total=ends[-1] * size * len(seeds), initial=done * size * len(seeds), file=sys.stdout, **look)
+    evaluating, refined = state is None, False
+    state = state or fresh(0).replace(learner=None)
+    if state.envs is None:
+        bar.write("The checkpoint has no environments: fresh episodes, and decoder data from here on only.")
+        state, recorded = state.replace(envs=fresh(10**6 + done).envs), 0
+    state = state if state.ring else state.replace(ring=fresh(0).ring)
+    while True:
+        step, stopping = done * size, caught[:]
+        if evaluating:
+            r = np.asarray(returns(state.agent, seed_keys, 2 * done, True))
+            stats = {f"return_{name}": getattr(r, name)(1) for name in ("mean", "std", "min", "max")}
+            row("eval", step=step, stage=stage, **stats, wall_time=time.time() - start)
+            bar.write(f"step {step:,}, stage {stage}: return {r.mean(1).round(1)} +- {r.std(1).round(1)}")
+            bar.set_postfix_str(f"return {r.mean():.1f}")
+        if evaluating or refined or stopping or time.time() - saved_at > 60 * args.checkpoint_minutes:
+            saved_at, refined, left = time.time(), False, (ends[stage] - done) * size
+            # The ring counts if the rest of the stage will not replace it all. Without it, the rest must do.
+            if whole or left >= args.decoder_batch_size or done == ends[-1]:
+                at = {"run": run, "done": done, "stage": stage, "epoch": epoch, "recorded": recorded}
+                ring = state.ring if whole and left < args.decoder_buffer_size else None
+                parts = state.replace(ring=ring, envs=state.envs if whole else None)
+                name = f"{step:012}_{stage:02}_{epoch:04}"
+                save_state(run_dir, name, parts, **at, wall_time=saved_at - start)
+        if stopping or done == ends[-1]:
+            break
+        if done < ends[stage]:  # Phase 1 of Algorithm 1
+            began = time.time()
+            state, metrics = iterate(state, seed_keys, done, (stage, recorded))
+            metrics, done, recorded = jax.tree.map(np.asarray, metrics), done + 1, recorded + 1
+            clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
+            row("train", step=done * size, stage=stage, **clock, **metrics, iteration=done)
+            bar.update(size * len(seeds))
+            if done in ends or done * size // 60_000_000 > step // 60_000_000:
+                save_arrays(run_dir / "checkpoints" / f"policy_{done * size}.npz", state.agent.policy())
+            evaluating = done in ends or done * size // args.eval_every > step // args.eval_every
+            continue
+        # Phase 2: an epoch of the decoder's refinement
+        pairs = min(recorded * size, state.ring["reward"][0].size)
+        if epoch == 0:
+            require(pairs >= args.decoder_batch_size, "resume", run_dir, "a checkpoint with decoder data")
+            decoder, opt = fresh(stage + 1).learner
+            net = decoder["net"] if args.decoder_from_scratch else state.agent.decoder["net"]
+            decoder = {"net": net, "stats": jax.tree.map(jnp.copy, state.agent.stats)}
+            state = state.replace(learner=(decoder, opt))
+        index = np.full(len(seeds), (stage + 1) * args.decoder_epochs + epoch)
+        *learner, loss = decoder_pass(pairs, *state.learner, state.ring, seed_keys, index)
+        row("decoder", stage=stage + 1, epoch=epoch, loss=loss)
+        state, epoch, evaluating = state.replace(learner=tuple(learner)), epoch + 1, False
+        bar.set_postfix_str(f"decoder {stage + 1}, epoch {epoch}/{args.decoder_epochs}")
+        if refined := epoch == args.decoder_epochs:  # the next stage: the encoder starts again at N(0, I)
+            new = fresh(stage + 1)
+            agent = start_stage(args, state.agent, learner[0], new.agent)
+            # Return before and after, from the same initial states with the same noise.
+            r = [np.asarray(returns(a, seed_keys, 2 * done + 1, False)).mean(1) for a in (state.agent, agent)]
+            reward = state.ring["reward"].reshape(len(seeds), -1)[:, :pairs].mean(1)
+            data = {"pairs": pairs, "reward_mean": reward, "return_before": r[0], "return_after": r[1]}
+            row("refine", step=step, stage=stage + 1, **data)
+            bar.write(f"decoder {stage + 1}: stochastic return {r[0].round(1)} before, {r[1].round(1)} after")
+            state = TrainState(agent, new.envs, state.ring, None)
+            stage, epoch, recorded = stage + 1, 0, 0
+
+def stage_ends(args: Args) -> list[int]:
+    """Iterations done when each stage ends: cumulative budgets, rounded to iterations in integers."""
+    size = args.batch_size * args.num_minibatches * args.unroll_length
+    return [(2 * budget + size) // (2 * size) for budget in accumulate(args.stage_timesteps)]
+
+def check(args: Args) -> None:
+    """Checks every argument, before anything compiles."""
+    check_common(args)
+    size, stages = args.batch_size * args.num_minibatches * args.unroll_length, args.stage_timesteps
+    for m, (start, end) in enumerate(pairwise([0, *stage_ends(args)])):
+        takes = f"at least one iteration, {size} steps, a stage (a lower --batch-size makes it shorter)"
+        require(end > start, "--stage-timesteps, --total-timesteps", f"{stages[m]} for stage {m}", takes)
+        got, capacity = args.decoder_batch_size, args.decoder_buffer_size // args.num_envs * args.num_envs
+        pairs, name = min((end - start) * size, capacity), "--decoder-batch-size, --decoder-buffer-size"
+        require(got <= pairs, name, got, f"a batch of at most the {pairs} pairs that stage {m} records")
+
+def parse_args() -> Args:
+    """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
+    args = tyro.cli(Args)
+    base = replace(Args(preset=args.preset), **CPU_PRESET if args.preset == "cpu" else {})
+    base = base if args.resume is None else load_args(args.resume)
+    require(base is not None, "resume", args.resume, f"a run of {Path(__file__).name}, with its args.json")
+    no = -(2**63)  # not given: budgets are checked against each other, and may grow on resuming
+    new = tyro.cli(Args, default=replace(base, resume=args.resume, total_timesteps=no, stage_timesteps=(no,)))
+    stages, total = new.stage_timesteps, new.total_timesteps
+    sixths = [(base.total_timesteps if total == no else total) * n // 6 for n in (0, 2, 4, 5, 6)]
+    old = base.stage_timesteps or tuple(end - start for start, end in pairwise(sixths))  # as App. E.4's
+    if stages == (no,):
+        stages = (*old[:-1], old[-1] + max(0, total - sum(old)))
+    ok, takes = total == no or 0 < total == sum(stages), "a number above 0, the sum of all stages' steps"
+    require(ok, "total_timesteps", total, f"{takes} ({sum(stages)}; resuming, that or more)")
+    args = replace(new, stage_timesteps=stages, total_timesteps=sum(stages))
+    for k, stored in asdict(base).items() if args.resume else ():
+        ok = getattr(args, k) == stored or k.startswith(("track", "wandb", "checkpoint", "total", "resume"))
+        ok |= "stage" in k and stages[: len(old) - 1] == old[:-1] and stages[len(old) - 1 :] >= old[-1:]
+        require(ok, k, getattr(args, k), f"the resumed run's, {stored} (a budget may be longer)")
+    return args
+
+# --- shared: run directory, main ---
 def make_run_dir(args: "Args") -> Path:
     """Creates runs/<env-id>__<exp-name>__<seed>__<unix time>/, exclusively (on collision -2, -3, ...)."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -458,43 +536,44 @@ def make_run_dir(args: "Args") -> Path:
             (run_dir / "checkpoints").mkdir(parents=True)
             return run_dir
         except OSError as error:
-            problem = f"{args.runs_dir} ({error.strerror})"
-            require(os.path.exists(run_dir), "runs_dir", problem, "a directory to write to")
+            got = f"{args.runs_dir} ({error.strerror})"
+            require(os.path.exists(run_dir), "runs_dir", got, "a directory to write to")
 
-def write_args(args: "Args", run_dir: Path) -> None:
-    """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
+def write_args(args: "Args", run_dir: Path) -> str:
+    """args.json: arguments and, as "versions", what else a rerun needs for the same numbers; the device."""
     failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "mujoco", "mujoco-mjx", "playground", "warp-lang")
     versions = {package: version(package) for package in packages} | {"python": sys.version.split()[0]}
-    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit}
-    versions["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit, "device": device}
     (aside := run_dir / "args.tmp").write_text(json.dumps(asdict(args) | {"versions": versions}, indent=1))
     aside.replace(run_dir / "args.json")
+    return device
 
-def load_args(run_dir: str) -> "Args":
-    """The arguments of a run of this script; ValueError if it is none."""
-    try:
+def load_args(run_dir: str) -> "Args | None":
+    """The arguments of a run of this script; None if it is none."""
+    with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
         stored = json.loads((Path(run_dir) / "args.json").read_text())
         if stored.pop("versions")["script"] == Path(__file__).name:
             return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        pass
-    raise ValueError(f"{run_dir} is not a run of {Path(__file__).name}, with its args.json")
 
-def log(run_dir: Path, wandb_run: Any, name: str, **columns: Any) -> None:
-    """Appends a row for each seed to a CSV file, and to Weights & Biases; arrays lead with the seeds."""
-    columns = {k: np.broadcast_to(v, len(columns["seed"])).tolist() for k, v in columns.items()}
+def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
+    """A row a seed to a CSV file, and reported; FloatingPointError if a loss or a gradient is not finite."""
+    table = np.column_stack([np.broadcast_to(v, len(columns["seed"])) for v in columns.values()])
+    formats = ["%d" if np.asarray(v).dtype.kind in "iu" else "%.7g" for v in columns.values()]
     with (run_dir / f"{name}.csv").open("a") as file:
-        rows = zip(*columns.values(), strict=True)
-        lines = [[f"{v:.7g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-        file.writelines(",".join(line) + "\n" for line in (lines if file.tell() else [columns, *lines]))
-    for i, seed in enumerate(columns["seed"]) if wandb_run else ():
-        wandb_run.log({k if k == "step" else f"{name}/{k}/seed_{seed}": v[i] for k, v in columns.items()})
+        np.savetxt(file, table, formats, ",", header="" if file.tell() else ",".join(columns), comments="")
+    for seed, row in zip(columns["seed"], table.tolist(), strict=True):
+        row = dict(zip(columns, row, strict=True))
+        report({k if k == "step" else f"{name}/{k}/seed_{seed}": v for k, v in row.items()})
+        if bad := [k for k, v in row.items() if ("loss" in k or "norm" in k) and not np.isfinite(v)]:
+            where = [f"{k} {row[k]:.0f}" for k in ("iteration", "stage", "epoch") if k in row]
+            raise FloatingPointError(f"seed {seed}, {', '.join(where)}: not finite: {', '.join(bad)}")
 
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
     """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
     arrays = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
-    with (aside := path.with_suffix(".tmp")).open("wb") as file:
+    with (aside := path.with_name("unfinished.tmp")).open("wb") as file:
         np.savez(file, meta=json.dumps(meta), **arrays)
         file.flush()
         os.fsync(file.fileno())
@@ -508,54 +587,62 @@ def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
             raise ValueError(f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}")
         return jnp.array(array)
     with np.load(path, allow_pickle=False) as file:
-        return jax.tree.map_with_path(load, like), json.loads(str(file["meta"]))
+        meta = json.loads(str(file["meta"]))
+        return jax.tree.map_with_path(load, like.replace(**dict.fromkeys(meta.get("without", [])))), meta
 
-def save_state(run_dir: Path, step: int, state: Any, **meta: Any) -> None:
-    """A checkpoint to resume from; it and the newest one before it are kept."""
+def save_state(run_dir: Path, name: str, state: Any, **meta: Any) -> None:
+    """A checkpoint to resume from, without parts that are None; it and the newest before it are kept."""
     meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
-    save_arrays(file := run_dir / "checkpoints" / f"state_{step:012}.npz", state, **meta)
+    meta["without"] = [name for name, part in vars(state).items() if part is None]
+    save_arrays(file := run_dir / "checkpoints" / f"state_{name}.npz", state, **meta)
     for old in sorted(f for f in file.parent.glob("state_*.npz") if f.name <= file.name)[:-2]:
         old.unlink()  # a damaged one may be newer
 
-def restore(run_dir: Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """The newest good checkpoint's state and meta, None if there is none; CSV files lose what came after."""
-    state, meta = None, {"done": 0, "stage": 0, "wall_time": 0.0, "bytes": {}}
-    files = sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)
-    for file in files:
+def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, Any]]:
+    """State and meta of the newest good checkpoint, if there is one; CSV files lose what came after."""
+    sizes = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
+    for file in (files := sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)):
         try:
             state, meta = load_arrays(file, like)
-            break
+            if meta["run"] == run and all(sizes.get(k, 0) >= n for k, n in meta["bytes"].items()):
+                break
+            raise ValueError(f"it is of {meta['run']}, or CSV files have lost rows since")
         except Exception as error:
             print(f"{file}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
-    require(state is not None or not files, "resume", run_dir, "a run with a checkpoint that can be read")
-    for path in run_dir.glob("*.csv"):
-        os.truncate(path, min(path.stat().st_size, meta["bytes"].get(path.name, 0)))
+    else:
+        require(not files, "resume", run_dir, "a run with a checkpoint that can be read")
+        state, meta = None, {"bytes": {}}
+    for name in sizes:
+        os.truncate(run_dir / name, meta["bytes"].get(name, 0))
     return state, meta
 
-def start_wandb(args: "Args", run_dir: Path) -> Any:
-    """The Weights & Biases run of the run directory's name."""
-    import wandb
-    where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
-    config = json.loads((run_dir / "args.json").read_text())
-    run = wandb.init(**where, name=run_dir.name, id=run_dir.name, config=config, resume="allow")
-    run.define_metric("*", step_metric="step")
-    return run
-
-def progress_bar(args: "Args", run_dir: Path, done: int, total: int) -> tqdm:
-    """Says what runs where and for how long, of `total` steps a seed; the progress bar."""
-    seeds, device = f"{args.num_seeds} seed(s) from {args.seed}", jax.devices()[0].device_kind
-    print(f"{args.env_id}, {seeds}: {total:,} steps each on {jax.device_count()} x {device}; {run_dir}")
-    if jax.default_backend() == "cpu" and args.preset != "cpu":
-        print(f"On a CPU: {total * args.num_seeds / 1.8e7:.0f} hours at 5000 steps/s. --preset cpu is short.")
-    look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
-    return tqdm(total=total * args.num_seeds, initial=done * args.num_seeds, file=sys.stdout, **look)
+def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
+    """A thread's work: rows to Weights & Biases until None comes, offline once that fails; nobody waits."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # it would ask for a login
+    row, about = rows.get(), {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
+    caps = {"init_timeout": 20, "finish_timeout": 20, "x_transaction_log_flush_interval": 1, "console": "off"}
+    about |= {"id": run_dir.name, "name": run_dir.name, "config": asdict(args), "settings": caps}
+    for mode in (None, "offline") if args.track else ():  # None: as WANDB_MODE says
+        try:
+            import wandb
+            run = wandb.init(resume="allow", mode=mode, **about)
+            run.define_metric("*", step_metric="step")
+            while row is not None:
+                run.log(row)
+                row = rows.get()
+            return wandb.teardown()
+        except Exception as error:
+            print(f"Weights & Biases: {error}; going on offline, in {run_dir}/wandb", file=sys.stderr)
+            with suppress(BaseException):
+                wandb.teardown()  # or the id stays in use
 
 def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) -> Any:
-    """A trained policy f(obs, key, deterministic=False) -> u, of raw observations (..., obs_dim).
+    """A policy f(obs, key, deterministic=False) -> u, of raw observations (..., obs_dim); it acts tanh(u).
 
-    The action is tanh(u). By default it is the last step's, of the run's first seed; others: ValueError.
+    By default it is the last step's, of the run's first seed. ValueError if the run has no such policy.
     """
-    args = load_args(run_dir)
+    if (args := load_args(run_dir)) is None:
+        raise ValueError(f"{run_dir} is not a run of {Path(__file__).name}, with its args.json")
     files = {int(f.stem.split("_")[1]): f for f in Path(run_dir).glob("checkpoints/policy_*.npz")}
     seeds, seed = range(args.seed, args.seed + args.num_seeds), args.seed if seed is None else seed
     step = max(files, default=None) if step is None else step
@@ -563,123 +650,42 @@ def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) 
         raise ValueError(f"{run_dir} has no step {step}, seed {seed}, but steps {sorted(files)}, {seeds}")
     env, keys = make_env(args), jnp.zeros((len(seeds), 2), jnp.uint32)
     init = jax.vmap(partial(init_agent, args, env.observation_size, env.action_size))
-    agents, _ = load_arrays(files[step], jax.eval_shape(lambda keys: init(keys).policy(), keys))
-    agent, jitted = jax.tree.map(lambda x: x[seeds.index(seed)], agents), jax.jit(partial(act, args))
-    def policy(obs: Array, key: Array, deterministic: bool = False) -> Array:
-        with jax.default_matmul_precision("highest"):
-            return jitted(agent, obs, key, deterministic)[0]
-    return policy
-# --- end shared ---
+    agents, _ = load_arrays(files[step], jax.eval_shape(lambda: init(keys).policy()))
+    agent = jax.tree.map(lambda x: x[seeds.index(seed)], agents)
+    policy = jax.jit(lambda obs, key, deterministic=False: act(args, agent, obs, key, deterministic)[0])
+    return jax.default_matmul_precision("highest")(policy)
 
-def train(args: Args, run_dir: Path) -> None:
-    """Trains all seeds in `run_dir`, from its newest good checkpoint. Each phase compiles once, for all."""
-    env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
-    seed_keys = jax.vmap(jax.random.PRNGKey)(jnp.array(seeds))
-    size, ends = args.batch_size * args.num_minibatches * args.unroll_length, stage_ends(args)
-    iterate = jax.jit(jax.vmap(partial(iteration, args, env), in_axes=(0, 0, None, None)), donate_argnums=0)
-    episodes = jax.jit(jax.vmap(partial(evaluate, args, env), in_axes=(0, 0, 0, None)))
-    init = jax.jit(jax.vmap(partial(init_agent, args, env.observation_size, env.action_size)))
-    reset = jax.jit(lambda n, keys: jax.vmap(partial(reset_envs, env, n))(keys), static_argnums=0)
-    decoder_pass = jax.jit(lambda n, *x: jax.vmap(partial(decoder_epoch, args, n))(*x), static_argnums=0)
-    keys = partial(jax.jit(jax.vmap(derive_key, in_axes=(0, None, None))), seed_keys)
-    def begin() -> TrainState:
-        rows = (len(seeds), args.decoder_buffer_size // args.num_envs, args.num_envs)
-        shapes = {"obs": (env.observation_size,), "u": (env.action_size,), "reward": ()}
-        ring = {name: jnp.zeros(rows + shape) for name, shape in shapes.items()}
-        return TrainState(init(keys(INIT, 0)), reset(args.num_envs, keys(RESET, 0)), ring)
-    def returns(agent: Agent, index: int, deterministic: bool) -> np.ndarray:
-        envs = reset(args.eval_envs, keys(EVAL_RESET, index))
-        return np.asarray(episodes(agent, envs, keys(EVAL_ACT, index), deterministic))
-    def evaluation(state: TrainState) -> None:
-        r, now = returns(state.agent, 2 * done, deterministic=True), time.time() - start
-        stats = {f"return_{name}": getattr(r, name)(1) for name in ("mean", "std", "min", "max")}
-        row("eval", step=done * size, stage=stage, **stats, wall_time=now)
-        text = ", ".join(f"{mean:.1f} +- {std:.1f}" for mean, std in zip(r.mean(1), r.std(1), strict=True))
-        bar.write(f"step {done * size:,}, stage {stage}, {now:.0f} s: return {text}")
-        bar.set_postfix_str(f"return {r.mean():.1f}")
-    def refine(state: TrainState) -> TrainState:
-        """Phase 2 of Algorithm 1, after a stage, and the re-initialisation that begins the next."""
-        before = returns(state.agent, 2 * done + 1, deterministic=False)
-        fresh, ring = init(keys(INIT, stage + 1)), state.ring
-        recorded = min((done - [0, *ends][stage]) * size // args.num_envs, ring["reward"].shape[1])
-        pairs = recorded * args.num_envs
-        decoder = fresh.decoder if args.decoder_from_scratch else state.agent.decoder
-        decoder = decoder | {"stats": jax.tree.map(jnp.copy, state.agent.stats)}
-        opt = jax.vmap(optax.adam(args.decoder_learning_rate).init)(decoder["net"])
-        for epoch in range(args.decoder_epochs):
-            key = keys(DECODER, (stage + 1) * args.decoder_epochs + epoch)
-            decoder, opt, loss = decoder_pass(pairs, decoder, opt, ring, key)
-            row("decoder", stage=stage + 1, epoch=epoch, loss=loss)
-            bar.set_postfix_str(f"decoder {stage + 1}, epoch {epoch + 1}/{args.decoder_epochs}")
-        agent = start_stage(args, state.agent.replace(decoder=decoder), fresh)
-        after = returns(agent, 2 * done + 1, deterministic=False)  # the same initial states and noise
-        data = {"reward_mean": ring["reward"][:, :recorded].mean((1, 2)), "return_before": before.mean(1)}
-        row("refine", step=done * size, stage=stage + 1, pairs=pairs, **data, return_after=after.mean(1))
-        bar.write(f"decoder {stage + 1}: stochastic return from {before.mean():.1f} to {after.mean():.1f}")
-        return state.replace(agent=agent, envs=reset(args.num_envs, keys(RESET, stage + 1)))
-    state, meta = restore(run_dir, jax.eval_shape(begin))
-    done, stage, start = meta["done"], meta["stage"], time.time() - meta["wall_time"]  # done: iterations
-    row = partial(log, run_dir, start_wandb(args, run_dir) if args.track else None, seed=seeds)
-    bar, saved_at = progress_bar(args, run_dir, done * size, ends[-1] * size), time.time()
-    if state is None:
-        state = begin()
-        evaluation(state)
-    while done < ends[-1]:
-        if done == ends[stage]:
-            state, stage = refine(state), stage + 1
-        began, before = time.time(), done * size
-        state, metrics = iterate(state, seed_keys, done, stage)
-        metrics, done, step = jax.tree.map(np.asarray, metrics), done + 1, before + size
-        clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
-        row("train", step=step, stage=stage, **clock, **metrics)
-        bar.update(size * len(seeds))
-        if done in ends or step // 60_000_000 > before // 60_000_000:
-            save_arrays(run_dir / "checkpoints" / f"policy_{step}.npz", state.agent.policy())
-        if evaluated := done in ends or step // args.eval_every > before // args.eval_every:
-            evaluation(state)
-        if evaluated or time.time() - saved_at > 60 * args.checkpoint_minutes:
-            save_state(run_dir, step, state, done=done, stage=stage, wall_time=time.time() - start)
-            saved_at = time.time()
-    bar.close()
-    print(f"finished: {done * size:,} steps a seed in {time.time() - start:.0f} s; see {run_dir}")
-
-def parse_args() -> Args:
-    """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
-    args = tyro.cli(Args)
-    try:
-        base = Args(preset=args.preset) if args.resume is None else load_args(args.resume)
-    except ValueError:
-        require(False, "resume", args.resume, f"a run of {Path(__file__).name}, with its args.json")
-    base = replace(base, **CPU_PRESET if args.preset == "cpu" and not args.resume else {}, resume=args.resume)
-    unset = -(2**63)  # not given: budgets are checked against each other, and may grow on resuming
-    given = tyro.cli(Args, default=replace(base, total_timesteps=unset, stage_timesteps=(unset,)))
-    old, stages, total = base.stage_timesteps, given.stage_timesteps, given.total_timesteps
-    if stages == (unset,) and args.resume:
-        stages = (*old[:-1], old[-1] + max(0, total - sum(old)))
-    elif stages == (unset,):
-        stages = split_total(base.total_timesteps if total == unset else total)
-    ok, takes = total == unset or 0 < total == sum(stages), "a number above 0, the sum of all stages' steps"
-    require(ok, "total_timesteps", total, f"{takes} ({sum(stages)}; resuming, that or more)")
-    args = replace(given, stage_timesteps=stages, total_timesteps=sum(stages))
-    for k, stored in asdict(base).items() if args.resume else ():
-        ok = getattr(args, k) == stored or k.startswith(("track", "wandb", "checkpoint", "total"))
-        ok |= "stage" in k and stages[: len(old) - 1] == old[:-1] and stages[len(old) - 1 :] >= old[-1:]
-        require(ok, k, getattr(args, k), f"the resumed run's, {stored} (a budget may be longer)")
-    return args
-
-# --- shared: main ---
-def main() -> None:
-    args = parse_args()
+def main() -> int:
+    args, caught, rows = parse_args(), [], SimpleQueue()
     check(args)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "jax"
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
+    jax.config.update("jax_default_matmul_precision", "highest")  # for physics; GPUs default to less
+    def stop(number: int, _: Any) -> None:
+        os._exit(128 + number) if caught else caught.append(number)
+        print("Stopping after this iteration or epoch; a second signal stops at once.", file=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
-    require(os.access(run_dir, os.W_OK), "resume", run_dir, "a directory to write to")
-    write_args(args, run_dir)
-    with jax.default_matmul_precision("highest"):  # physics wants full float32, and GPUs default to less
-        train(args, run_dir)
+    resume = f"go on with: python {sys.argv[0]} --resume {run_dir}"
+    (tracker := Thread(target=track, args=(args, run_dir, rows), daemon=True)).start()
+    try:
+        device, n, total = write_args(args, run_dir), args.num_seeds, args.total_timesteps
+        print(f"{args.env_id}, {n} seed(s) from {args.seed}: {total:,} steps each on {device}; {run_dir}")
+        if jax.default_backend() == "cpu" and args.preset != "cpu":
+            print(f"On a CPU: {total * n / 1.8e7:.0f} hours at 5000 steps/s. --preset cpu is short.")
+        with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
+            pool.submit(train, args, run_dir, caught, rows.put if args.track else bool).result()
+    except (OSError, FloatingPointError) as error:
+        good = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
+        print(f"{sys.argv[0]}: {error}; last good checkpoint: {good}; {resume}", file=sys.stderr)
+        return 1
+    finally:
+        rows.put(None)
+        tracker.join(30)
+    print(f"stopped by {signal.Signals(caught[0]).name}; {resume}" if caught else f"finished; see {run_dir}")
+    return 128 + caught[0] if caught else 0
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
 # --- end shared ---

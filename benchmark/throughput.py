@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,19 +66,14 @@ def physics_only(script: Any, args: Any, env: Any, envs: Any, key: jax.Array) ->
 
 
 def begin(script: Any, args: Any, env: Any, keys: jax.Array) -> Any:
-    """The state of a run before its first iteration; its buffers are free to be donated."""
-    agent = jax.vmap(partial(script.init_agent, args, env.observation_size, env.action_size))(keys)
-    parts = [agent, jax.jit(jax.vmap(partial(script.reset_envs, env, args.num_envs)))(keys)]
-    if hasattr(args, "decoder_buffer_size"):
-        rows = (len(keys), args.decoder_buffer_size // args.num_envs, args.num_envs)
-        shapes = {"obs": (env.observation_size,), "u": (env.action_size,), "reward": ()}
-        parts.append({name: jnp.zeros(rows + shape) for name, shape in shapes.items()})
-    return jax.tree.map(jnp.copy, script.TrainState(*parts))
+    """The state of a run before its first iteration."""
+    state = jax.jit(jax.vmap(partial(script.begin, args, env), in_axes=(0, None)))(keys, 0)
+    return state.replace(learner=None) if hasattr(state, "learner") else state
 
 
 def iterate(script: Any, args: Any, env: Any) -> Callable:
     """A compiled iteration of all seeds: (state, keys) -> (state, metrics)."""
-    first = (0, 0) if hasattr(args, "stage_timesteps") else (0,)  # iteration, and stage
+    first = (0, (0, 0)) if hasattr(args, "stage_timesteps") else (0,)  # iteration; stage, ring
     one = jax.vmap(lambda state, key: script.iteration(args, env, state, key, *first))
     return jax.jit(one, donate_argnums=0)
 
@@ -107,10 +102,10 @@ def measure(bench: Bench, script: Any, args: Any) -> dict[str, Any]:
     phase("rollout", lambda: rollout(agent, envs, keys))
     _, steps, last_obs, _ = rollout(agent, envs, keys)
 
-    batch = jax.tree.map(jax.vmap(script.as_unrolls), steps)
+    batch = jax.vmap(script.as_unrolls)(steps)
     last = last_obs.reshape(args.num_seeds, -1, env.observation_size)
-    staged = getattr(script, "STAGE_COEFFICIENTS", ())
-    of_stage = replace(args, **{name: getattr(args, name)[0] for name in staged})
+    first = {name: value[0] for name, value in asdict(args).items() if isinstance(value, tuple)}
+    of_stage = replace(args, **first)
     update = jax.jit(jax.vmap(partial(script.update, of_stage)))
     phase("update", lambda: update(agent, batch, last, keys))
 
@@ -125,7 +120,8 @@ def measure(bench: Bench, script: Any, args: Any) -> dict[str, Any]:
         ring, pairs = {"obs": ring_of(steps.obs), "u": ring_of(steps.u)}, rows * args.num_envs
         opt = jax.vmap(script.optax.adam(args.decoder_learning_rate).init)(agent.decoder["net"])
         epoch = jax.jit(jax.vmap(partial(script.decoder_epoch, args, pairs)))
-        phase("decoder_epoch", lambda: epoch(agent.decoder, opt, ring, keys), steps=None)
+        index = jnp.zeros(args.num_seeds, jnp.int32)
+        phase("decoder_epoch", lambda: epoch(agent.decoder, opt, ring, keys, index), steps=None)
         samples = pairs * args.num_seeds / 1e6
         result["decoder_seconds_per_million_samples_and_epoch"] = result["decoder_epoch"]["seconds"] / samples
 

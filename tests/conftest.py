@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from mujoco_playground import State
+from toy import PointMass
 
 import dppo
 import fpo
@@ -32,25 +32,6 @@ def compilation_cache(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("cwd"))
     yield cache
     os.chdir(before)
-
-
-class PointMass:
-    """A point pushed in the plane; it goes NaN when its fuse is down."""
-
-    observation_size, action_size = 3, 2
-
-    def reset(self, key):
-        data = {"x": jax.random.uniform(key, (2,), minval=-1), "fuse": jnp.int32(10**6)}
-        return self.observe(data, 0.0)
-
-    def observe(self, data, done):
-        obs = jnp.append(data["x"], data["x"].sum())
-        return State(data, obs, jnp.exp(-jnp.square(data["x"]).sum()), jnp.float32(done), {}, {})
-
-    def step(self, state, action):
-        fuse = state.data["fuse"] - 1
-        x = jnp.where(fuse == 0, jnp.nan, state.data["x"] + 0.1 * action)
-        return self.observe({"x": x, "fuse": fuse}, jnp.isnan(x).any())
 
 
 class NanReward(PointMass):
@@ -135,11 +116,11 @@ def trained(agent, key):
         jax.random.normal(keys[0], obs_dim),
         jax.random.uniform(keys[1], obs_dim, minval=0.5, maxval=2.0),
     )
-    stats = agent.stats.replace(count=jnp.float32(1000), mean=mean, var=var)
+    stats = agent.stats._replace(count=jnp.float32(1000), mean=mean, var=var)
     params, opt = randomize(agent.params, keys[2], 0.05), randomize(agent.opt, keys[2], 0.05)
     opt = jax.tree.map(lambda x: x + 7 if x.dtype == jnp.int32 else jnp.abs(x), opt)
     agent = agent.replace(params=params, opt=opt, stats=stats)
     if not hasattr(agent, "decoder"):
         return agent
     net = randomize(agent.decoder["net"], keys[3], 0.1)
-    return agent.replace(decoder={"net": net, "stats": stats.replace(mean=mean + 0.5)})
+    return agent.replace(decoder={"net": net, "stats": stats._replace(mean=mean + 0.5)})

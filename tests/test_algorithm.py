@@ -1,5 +1,6 @@
 """Each formula against an oracle: NumPy and SciPy in float64, closed forms, Brax."""
 
+import sys
 from collections import deque
 from dataclasses import replace
 from functools import partial
@@ -284,7 +285,7 @@ def test_critic_learns_nothing_from_truncated_steps(make_args, agent):
     """Otherwise the time limit, which the critic cannot see, distorts its values."""
     batch, last_obs = loss_batch(agent)
     grad = jax.grad(gorl.loss_fn, has_aux=True)
-    all_truncated = batch.replace(truncated=jnp.ones_like(batch.truncated))
+    all_truncated = batch._replace(truncated=jnp.ones_like(batch.truncated))
     grads, metrics = grad(agent.params, make_args(), all_truncated, last_obs, None)
     assert metrics["value_loss"] == 0
     assert not any(leaf.any() for leaf in jax.tree.leaves(grads["critic"]))
@@ -383,7 +384,7 @@ def test_latent_gradient_is_the_gradient_of_the_return(make_args):
 def test_reinitialised_encoder_is_the_prior(make_args, agent):
     """Otherwise a stage does not begin with the policy that the decoder was just trained to imitate."""
     fresh = gorl.init_agent(make_args(), OBS, ACT, jax.random.PRNGKey(5))
-    new = gorl.start_stage(make_args(), agent, fresh)
+    new = gorl.start_stage(make_args(), agent, agent.decoder, fresh)
     obs = jnp.concatenate([jax.random.normal(KEY, (100, OBS)), jnp.array([[10.0], [-10.0]]) * jnp.ones(OBS)])
     mean, std = gorl.latent_distribution(new.params["encoder"], obs)
     assert (mean == 0).all() and (std == 1).all()
@@ -396,28 +397,35 @@ def test_reinitialised_encoder_is_the_prior(make_args, agent):
 def test_what_carries_on_between_stages(make_args, agent, reinit):
     """Otherwise a stage throws away its critic, or --reinit-critic does nothing."""
     fresh = gorl.init_agent(make_args(), OBS, ACT, jax.random.PRNGKey(5))
-    new = gorl.start_stage(make_args(reinit_critic=reinit), agent, fresh)
+    new = gorl.start_stage(make_args(reinit_critic=reinit), agent, "the decoder", fresh)
     want = fresh if reinit else agent
     parts = [(a.params["critic"], a.opt["critic"], a.stats) for a in (new, want)]
     all_equal(*parts)
-    all_equal(new.decoder, agent.decoder)
+    assert new.decoder == "the decoder"
+
+
+def split_total(total):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["x.py", "--total-timesteps", str(total)])
+        return gorl.parse_args().stage_timesteps
 
 
 def test_stage_ends_at_the_papers_sizes():
     """Otherwise a full run is not the paper's 60M, 60M, 30M and 30M steps."""
-    assert gorl.split_total(180_000_000) == (60_000_000, 60_000_000, 30_000_000, 30_000_000)
-    args = replace(gorl.Args(), stage_timesteps=gorl.split_total(180_000_000))
+    assert split_total(180_000_000) == (60_000_000, 60_000_000, 30_000_000, 30_000_000)
+    args = replace(gorl.Args(), stage_timesteps=split_total(180_000_000))
     assert gorl.stage_ends(args) == [61, 122, 153, 183]
 
 
 def test_stage_ends_round_cumulatively():
     """Otherwise each stage's rounding adds up, and runs of other budgets are too long or too short."""
     r = rng()
-    for _ in range(200):
+    for _ in range(10):
         total = int(r.integers(10, 10**6)) * int(r.choice([1, 10**3, 10**10]))
-        stages = gorl.split_total(total)
+        stages = split_total(total)
         assert sum(stages) == total and max(stages[:2]) - 2 * min(stages[2:]) <= 3
         assert all(abs(6 * s - share * total) <= 6 for s, share in zip(stages, (2, 2, 1, 1), strict=True))
+    for _ in range(200):
         stages = tuple(int(s) for s in r.integers(1, 10**9, size=r.integers(1, 8)))
         sizes = [int(n) for n in r.integers(1, 40, 3)]
         args = replace(

@@ -45,7 +45,7 @@ def rolled_out(script, args, agent, env=None):
     env = env or PointMass()
     envs = script.reset_envs(env, args.num_envs, KEY)
     _, steps, last_obs, _ = jax.jit(partial(script.rollout, args, env))(agent, envs, KEY)
-    batch = jax.tree.map(script.as_unrolls, steps.replace(obs=script.normalize(agent.stats, steps.obs)))
+    batch = script.as_unrolls(steps._replace(obs=script.normalize(agent.stats, steps.obs)))
     return batch, script.normalize(agent.stats, last_obs).reshape(-1, last_obs.shape[-1])
 
 
@@ -217,7 +217,7 @@ def test_ratio_forms(make_args, ratio):
     args, agent = agent_of(fpo, make_args, 3, 2, ratio=ratio, clip_eps=0.05, batch_size=32)
     batch, last_obs = rolled_out(fpo, args, agent)
     old = np.random.default_rng(0).exponential(2.0, batch.drawn["loss"].shape)  # differences beyond 3, too
-    batch = batch.replace(drawn=batch.drawn | {"loss": jnp.array(old, jnp.float32)})
+    batch = batch._replace(drawn=batch.drawn | {"loss": jnp.array(old, jnp.float32)})
     _, metrics = fpo.loss_fn(agent.params, args, batch, last_obs, KEY)
     advantage, _ = fpo.critic_terms(args, agent.params["critic"], batch, last_obs)
     new = np.float64(fpo.flow_loss(args, agent.params["actor"], batch.obs, batch.u, batch.drawn))
@@ -241,7 +241,7 @@ def test_pairs_are_kept(make_args):
         for key in (KEY, jax.random.PRNGKey(1), None)
     ]
     assert losses[0] == losses[1] == losses[2]
-    redrawn = batch.replace(drawn=batch.drawn | {"noise": batch.drawn["noise"][::-1]})
+    redrawn = batch._replace(drawn=batch.drawn | {"noise": batch.drawn["noise"][::-1]})
     moved = fpo.loss_fn(agent.params, args, redrawn, last_obs, KEY)[1]
     assert moved["log_ratio_std"] > 0.1
 

@@ -38,8 +38,8 @@ def train(gorl, args, decoder, ring, epochs):
     pairs = ring["reward"].size
     opt = optax.adam(args.decoder_learning_rate).init(decoder["net"])
     epoch = jax.jit(partial(gorl.decoder_epoch, args, pairs))
-    for key in jax.random.split(KEY, epochs):
-        decoder, opt, loss = epoch(decoder, opt, ring, key)
+    for i in range(epochs):
+        decoder, opt, loss = epoch(decoder, opt, ring, KEY, i)
     return decoder, loss
 
 
@@ -318,7 +318,7 @@ def test_decoder_does_not_move_with_the_statistics(gorl, make_args, agent):
     """Otherwise the map that the encoder trains on moves under it."""
     agent, args = trained(agent, KEY), make_args(gorl)
     fresh = gorl.init_agent(args, OBS, ACT, KEY)
-    agent = gorl.start_stage(args, agent, fresh)
+    agent = gorl.start_stage(args, agent, agent.decoder, fresh)
     moved = agent.replace(stats=gorl.merge_stats(agent.stats, 5 + jnp.ones((1000, OBS))))
     obs = jax.random.normal(KEY, (20, OBS))
     before, after = (gorl.act(args, a, obs, KEY, False)[0] for a in (agent, moved))

@@ -13,6 +13,7 @@ from scipy import stats
 import gorl_fm_ppo as gorl
 
 KEY = jax.random.PRNGKey(0)
+gorl_reset = gorl.reset_envs
 STAGED = {"clip_eps": (1e-4,), "kl_coef": (0.0,), "max_grad_norm": (1.0,)}
 
 
@@ -23,7 +24,7 @@ def finite(tree):
 def burning(envs, index, fuse):
     """The environments, of which one goes NaN in its `fuse`-th step."""
     data = envs.state.data | {"fuse": envs.state.data["fuse"].at[index].set(fuse)}
-    return envs.replace(state=envs.state.replace(data=data))
+    return envs._replace(state=envs.state.replace(data=data))
 
 
 def start(args, env, key=KEY):
@@ -34,7 +35,7 @@ def start(args, env, key=KEY):
 def train_state(args, env):
     agent, envs = start(args, env)
     ring = {"obs": jnp.zeros((30, 4, 3)), "u": jnp.zeros((30, 4, 2)), "reward": jnp.zeros((30, 4))}
-    return gorl.TrainState(agent, envs, ring)
+    return gorl.TrainState(agent, envs, ring, None)
 
 
 def test_time_limit(make_args, point_mass):
@@ -93,20 +94,21 @@ def test_nan_reaches_nothing(make_args, nan_env):
     args = make_args(**STAGED)
     state = train_state(args, nan_env)
     run = jax.jit(partial(gorl.iteration, args, nan_env))
-    clean, clean_metrics = run(state, KEY, 0, 0)
-    got, metrics = run(state.replace(envs=burning(state.envs, 2, 3)), KEY, 0, 0)
+    clean, clean_metrics = run(state, KEY, 0, (0, 0))
+    got, metrics = run(state.replace(envs=burning(state.envs, 2, 3)), KEY, 0, (0, 0))
     assert clean_metrics["nan_resets"] == 0 and metrics["nan_resets"] == 1
     assert finite(got) and finite(metrics)
     assert (jax.tree.leaves(clean.agent)[0] != jax.tree.leaves(got.agent)[0]).any()
     assert (jnp.abs(got.agent.stats.mean) < 10).all() and (got.agent.stats.var < 100).all()
 
 
-def test_nan_ends_an_evaluation_episode(make_args, point_mass):
+def test_nan_ends_an_evaluation_episode(make_args, point_mass, monkeypatch):
     """Otherwise the logged return is NaN, or counts rewards after the physics broke."""
     args = make_args(episode_length=20)
     agent = gorl.init_agent(args, 3, 2, KEY)  # its deterministic action is 0: nothing moves
-    envs = burning(gorl.reset_envs(point_mass, 4, KEY), 1, 5)
-    got = jax.jit(partial(gorl.evaluate, args, point_mass))(agent, envs, KEY, True)
+    envs = gorl.reset_envs(point_mass, 4, gorl.derive_key(KEY, gorl.EVAL_RESET, 7))
+    monkeypatch.setattr(gorl, "reset_envs", lambda env, n, key: burning(gorl_reset(env, n, key), 1, 5))
+    got = jax.jit(partial(gorl.evaluate, args, point_mass))(agent, KEY, 7, True)
     want = np.exp(-np.square(np.float64(envs.state.data["x"])).sum(-1)) * [20, 4, 20, 20]
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -147,15 +149,15 @@ def test_iteration_moves_statistics_and_leaves_the_decoder(make_args, point_mass
     """Otherwise observations are never normalised, or the decoder changes under the encoder."""
     args = make_args(**STAGED)
     state = train_state(args, point_mass)
-    state = state.replace(agent=state.agent.replace(stats=state.agent.stats.replace(count=jnp.float32(0))))
+    state = state.replace(agent=state.agent.replace(stats=state.agent.stats._replace(count=jnp.float32(0))))
     run = jax.jit(partial(gorl.iteration, args, point_mass))
-    new, _ = run(state, KEY, 0, 0)
+    new, _ = run(state, KEY, 0, (0, 0))
     seen = np.float64(new.ring["obs"][:10].reshape(-1, 3))
     assert new.agent.stats.count == 40 and not new.ring["obs"][10:].any()
     np.testing.assert_allclose(new.agent.stats.mean, seen.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(new.agent.stats.var, seen.var(0), rtol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, new.agent.decoder, state.agent.decoder)
-    again, _ = run(state, KEY, 1, 0)
+    again, _ = run(state, KEY, 1, (0, 1))
     assert (again.ring["u"][10:20] != new.ring["u"][:10]).mean() > 0.9
 
 
@@ -164,7 +166,7 @@ def test_a_stage_records_from_the_start_of_the_ring(make_args, point_mass):
     args = make_args(**STAGED)  # stages end after 2, 4, 5 and 6 iterations of 10 steps
     state, run = train_state(args, point_mass), jax.jit(partial(gorl.iteration, args, point_mass))
     for index, stage, first in [(0, 0, 0), (1, 0, 10), (2, 1, 0), (3, 1, 10), (4, 2, 0), (5, 3, 0)]:
-        ring = run(state, KEY, index, stage)[0].ring
+        ring = run(state, KEY, index, (stage, first // 10))[0].ring
         written = np.asarray(ring["obs"]).any((1, 2)).nonzero()[0]
         np.testing.assert_array_equal(written, np.arange(first, first + 10))
 
@@ -186,7 +188,7 @@ def metrics_of(args, agents, steps, last_obs):
     """loss_fn's metrics and gradients at each seed's own rollout."""
 
     def one(agent, steps, last_obs):
-        batch = jax.tree.map(gorl.as_unrolls, steps.replace(obs=gorl.normalize(agent.stats, steps.obs)))
+        batch = gorl.as_unrolls(steps._replace(obs=gorl.normalize(agent.stats, steps.obs)))
         last_obs = gorl.normalize(agent.stats, last_obs).reshape(-1, last_obs.shape[-1])
         return jax.grad(gorl.loss_fn, has_aux=True)(agent.params, args, batch, last_obs, None)
 
@@ -213,7 +215,7 @@ def test_nan_in_the_real_physics(cheetah):
     """Otherwise Playground's own signal of a NaN state is missed."""
     args, rollout, keys, agents, envs = cheetah
     data = envs.state.data.replace(qpos=envs.state.data.qpos.at[0, 3].set(jnp.nan))
-    broken = envs.replace(state=envs.state.replace(data=data))
+    broken = envs._replace(state=envs.state.replace(data=data))
     end, steps, last_obs, metrics = rollout(agents, broken, keys)
     assert metrics["nan_resets"].tolist() == [1, 0]
     assert steps.truncated[0, 0, 0].tolist() == [i == 3 for i in range(8)] and steps.reward[0, 0, 0, 3] == 0

@@ -11,10 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GORL, SCRIPTS, PointMass, name_of
+from flax import struct
 
 import gorl_fm_ppo
 
-TREE = {"net": [{"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}], "count": np.int32(7)}
+
+@struct.dataclass
+class Tree:
+    net: list
+    count: np.int32
+
+
+TREE = Tree([{"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}], np.int32(7))
 LIKE = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, TREE))
 COMMON = (
     "--num-envs 4 --batch-size 4 --num-minibatches 2 --unroll-length 5 --update-epochs 2 --num-seeds 2 "
@@ -74,9 +82,9 @@ def test_truncated_file_raises(saved, kept):
 def test_another_networks_file_raises(saved, leaf):
     """Otherwise the message does not say what differs, or weights are broadcast."""
     with pytest.raises(ValueError, match=r"net.*kernel.*float32\(2, 3\)"):
-        gorl_fm_ppo.load_arrays(saved, LIKE | {"net": [{"kernel": leaf}]})
+        gorl_fm_ppo.load_arrays(saved, LIKE.replace(net=[{"kernel": leaf}]))
     with pytest.raises((KeyError, ValueError)):
-        gorl_fm_ppo.load_arrays(saved, LIKE | {"more": LIKE["count"]})
+        gorl_fm_ppo.load_arrays(saved, LIKE.replace(net=[*LIKE.net, LIKE.count]))
 
 
 class Exploit:
@@ -117,7 +125,8 @@ def run(script, *arguments, kill_after=None):
         patch.setattr(script, "make_env", lambda args: PointMass())
         patch.setattr(script, "save_arrays", save_and_die)
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-        script.main()
+        patch.setattr(script.signal, "signal", lambda *_: None)
+        assert script.main() == 0
 
 
 @pytest.fixture(scope="module", params=SCRIPTS, ids=name_of)
@@ -290,16 +299,16 @@ def test_decoder_training_of_each_stage(gorl, tmp_path, monkeypatch):
     """Otherwise a refinement sees stale pairs or statistics, repeats its noise, or keeps Adam's state."""
     calls, pairs_seen, decoder_epoch = [], [], gorl.decoder_epoch
 
-    def epoch(args, pairs, decoder, opt, ring, key):
+    def epoch(args, pairs, decoder, opt, ring, *key):
         jax.debug.callback(lambda *x: calls.append(jax.tree.map(np.array, x)), decoder, opt, key)
         pairs_seen.append(pairs)
-        return decoder_epoch(args, pairs, decoder, opt, ring, key)
+        return decoder_epoch(args, pairs, decoder, opt, ring, *key)
 
     monkeypatch.setattr(gorl, "decoder_epoch", epoch)
     run(gorl, *TINY, "--runs-dir", tmp_path, "--num-seeds", 1)
     jax.effects_barrier()
     assert pairs_seen == [60, 40] and len(calls) == 6  # traced for stages of 80 and of 40 steps
-    assert len({tuple(key.ravel().tolist()) for *_, key in calls}) == 6
+    assert len({(*seed_key.ravel().tolist(), int(index.item())) for *_, (seed_key, index) in calls}) == 6
     assert [int(opt[0].count.item()) for _, opt, _ in calls] == [0, 3, 0, 3, 0, 2]
     assert [d["stats"].count.item() for d, *_ in calls] == [80, 80, 160, 160, 200, 200]
     last = [decoder["net"][-1]["kernel"] for decoder, *_ in calls]

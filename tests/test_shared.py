@@ -19,19 +19,14 @@ import ppo_gaussian
 
 ROOT = Path(ppo_gaussian.__file__).parent
 BLOCKS = {
-    "argument checks",
-    "environment, statistics, networks",
-    "rollout",
-    "advantages",
-    "update",
-    "random keys and evaluation",
-    "run directory",
-    "main",
+    "argument checks, environment, statistics, networks",
+    "rollout, advantages, update, evaluation",
+    "run directory, main",
 }
 # Definitions that may differ between two scripts that both have them: the policy, its loss, their arguments.
 POLICY = {"Args", "init_agent", "act", "loss_fn"}
 DECODERS = {"Args", "check", "init_agent", "decode", "decoder_loss"}
-STAGES = {"CPU_PRESET", "Agent", "check", "TrainState", "iteration", "train", "parse_args"}
+STAGES = {"CPU_PRESET", "Agent", "TrainState", "begin", "iteration", "train", "check", "parse_args"}
 
 
 def text(script):
