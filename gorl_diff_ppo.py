@@ -98,6 +98,7 @@ class Args:
     wandb_project_name: str = "gorl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases user or team
 
+TABLES = ("eval", "train", "decoder", "refine")  # CSV files of a run
 CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
                   num_minibatches=16, update_epochs=8, eval_every=200_000, decoder_epochs=10,
                   decoder_batch_size=1024, decoder_buffer_size=100_000)  # fmt: skip
@@ -268,8 +269,8 @@ def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tu
 def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Array, Array]:
     """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
 
-    A truncated step's advantage is 0, its target its own value, and no sum crosses it: it teaches nothing.
-    Of a step's advantage r + gamma * target' - value, errors k > 0 later weigh gamma^k lambda^(k-1).
+    Truncated steps teach nothing: advantage 0, target the value itself, no sum across. Of an advantage
+    r + gamma * target' - value, an error k > 0 steps later weighs gamma^k lambda^(k-1).
     """
     going_on, value = 1.0 - truncated, lax.stop_gradient(value)
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
@@ -339,8 +340,7 @@ def evaluate(args: "Args", env: MjxEnv, agent: Any, seed_key: Array, index: Any,
 # --- end shared ---
 
 def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: Any) -> tuple[Array, dict]:
-    """Latent PPO (Eq. 3, 5) and metrics; batch leaves are (batch_size, T, ...), observations normalised."""
-    # Nothing here knows of the decoder: like the environment, it acts through the advantages (Lemma 3.1).
+    """Latent PPO (Eq. 3, 5) on batches (batch_size, T, ...). The decoder is environment to it (Lemma 3.1)."""
     advantage, metrics = critic_terms(args, params["critic"], batch, last_obs)
     mean, std = latent_distribution(params["encoder"], batch.obs)
     log_std, log_prob = jnp.log(std), norm.logpdf(batch.drawn["latent"], mean, std).sum(-1)
@@ -418,8 +418,8 @@ def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index
     ring = record(state.ring, recorded, {k: getattr(steps, k) for k in state.ring})
     return state.replace(agent=agent, envs=envs, ring=ring), metrics | rollout_metrics
 
-def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> None:
-    """Algorithm 1 for all seeds in `run_dir`, from its newest good checkpoint until `caught` has a signal."""
+def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
+    """Algorithm 1 from the newest good checkpoint: true at its end, false if `caught` has a signal before."""
     env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
     seed_keys = jax.vmap(jax.random.PRNGKey)(jnp.array(seeds))
     size, ends = args.batch_size * args.num_minibatches * args.unroll_length, stage_ends(args)
@@ -429,18 +429,20 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> None:
     decoder_pass = jax.jit(lambda n, *x: jax.vmap(partial(decoder_epoch, args, n))(*x), static_argnums=0)
     run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
     state, meta = restore(run_dir, jax.eval_shape(fresh, 0), run)
-    # Iterations done; the stage; epochs done of the refinement after it; its iterations that the ring has.
+    # Iterations done; the stage; epochs done of the refinement after it; its iterations recorded in the ring.
     done, stage, epoch, recorded = (meta.get(k, 0) for k in ("done", "stage", "epoch", "recorded"))
-    start, saved_at, whole = time.time() - meta.get("wall_time", 0.0), time.time(), args.checkpoint_env_state
-    row = partial(log, run_dir, report, seed=seeds)
+    start, saved_at, exact = time.time() - meta.get("wall_time", 0.0), time.time(), args.checkpoint_env_state
+    row = partial(log, run_dir, report, seed=seeds)  # to a CSV file, and as a dict to `report`
     look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
     bar = tqdm(total=ends[-1] * size * len(seeds), initial=done * size * len(seeds), file=sys.stdout, **look)
-    evaluating, refined = state is None, False
-    state = state or fresh(0).replace(learner=None)
+    evaluating, refined, state = not state, False, state or fresh(0).replace(learner=None)
     if state.envs is None:
         bar.write("The checkpoint has no environments: fresh episodes, and decoder data from here on only.")
-        state, recorded = state.replace(envs=fresh(10**6 + done).envs), 0
-    state = state if state.ring else state.replace(ring=fresh(0).ring)
+        state, recorded = state.replace(envs=fresh(10**6 + done).envs), 0  # no stage has that index
+    state = state.replace(ring=fresh(0).ring) if state.ring is None else state
+    ok = done < ends[stage] or done == ends[-1] or recorded * size >= args.decoder_batch_size
+    require(ok, "resume", run_dir, "a run with decoder data in its checkpoint, to add a stage")
+    write_args(args, run_dir)
     while True:
         step, stopping = done * size, caught[:]
         if evaluating:
@@ -451,12 +453,12 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> None:
             bar.set_postfix_str(f"return {r.mean():.1f}")
         if evaluating or refined or stopping or time.time() - saved_at > 60 * args.checkpoint_minutes:
             saved_at, refined, left = time.time(), False, (ends[stage] - done) * size
-            # The ring counts if the rest of the stage will not replace it all. Without it, the rest must do.
-            if whole or left >= args.decoder_batch_size or done == ends[-1]:
+            # No ring while the rest of a stage overwrites it all; without one, that rest must fill a batch.
+            if exact or left >= args.decoder_batch_size or done == ends[-1]:
+                ring = state.ring if exact and left < args.decoder_buffer_size else None
+                parts = state.replace(ring=ring, envs=state.envs if exact else None)
                 at = {"run": run, "done": done, "stage": stage, "epoch": epoch, "recorded": recorded}
-                ring = state.ring if whole and left < args.decoder_buffer_size else None
-                parts = state.replace(ring=ring, envs=state.envs if whole else None)
-                name = f"{step:012}_{stage:02}_{epoch:04}"
+                name = f"{step:012}_{stage:02}_{epoch:06}"
                 save_state(run_dir, name, parts, **at, wall_time=saved_at - start)
         if stopping or done == ends[-1]:
             break
@@ -471,10 +473,8 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> None:
                 save_arrays(run_dir / "checkpoints" / f"policy_{done * size}.npz", state.agent.policy())
             evaluating = done in ends or done * size // args.eval_every > step // args.eval_every
             continue
-        # Phase 2: an epoch of the decoder's refinement
-        pairs = min(recorded * size, state.ring["reward"][0].size)
+        pairs = min(recorded * size, state.ring["reward"][0].size)  # Phase 2, an epoch of it
         if epoch == 0:
-            require(pairs >= args.decoder_batch_size, "resume", run_dir, "a checkpoint with decoder data")
             decoder, opt = fresh(stage + 1).learner
             net = decoder["net"] if args.decoder_from_scratch else state.agent.decoder["net"]
             decoder = {"net": net, "stats": jax.tree.map(jnp.copy, state.agent.stats)}
@@ -493,8 +493,8 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> None:
             data = {"pairs": pairs, "reward_mean": reward, "return_before": r[0], "return_after": r[1]}
             row("refine", step=step, stage=stage + 1, **data)
             bar.write(f"decoder {stage + 1}: stochastic return {r[0].round(1)} before, {r[1].round(1)} after")
-            state = TrainState(agent, new.envs, state.ring, None)
-            stage, epoch, recorded = stage + 1, 0, 0
+            state, stage, epoch, recorded = new.replace(agent=agent, learner=None), stage + 1, 0, 0
+    return done == ends[-1]
 
 def stage_ends(args: Args) -> list[int]:
     """Iterations done when each stage ends: cumulative budgets, rounded to iterations in integers."""
@@ -545,19 +545,17 @@ def make_run_dir(args: "Args") -> Path:
             (run_dir / "checkpoints").mkdir(parents=True)
             return run_dir
         except OSError as error:
-            got = f"{args.runs_dir} ({error.strerror})"
-            require(os.path.exists(run_dir), "runs_dir", got, "a directory to write to")
+            require(run_dir.exists(), "runs_dir", f"{args.runs_dir}, {error.strerror}", "a writable folder")
 
-def write_args(args: "Args", run_dir: Path) -> str:
-    """args.json: arguments and, as "versions", what else a rerun needs for the same numbers; the device."""
+def write_args(args: "Args", run_dir: Path) -> None:
+    """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
     failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "mujoco", "mujoco-mjx", "playground", "warp-lang")
     versions = {package: version(package) for package in packages} | {"python": sys.version.split()[0]}
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit, "device": device}
+    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit}
+    versions["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     (aside := run_dir / "args.tmp").write_text(json.dumps(asdict(args) | {"versions": versions}, indent=1))
     aside.replace(run_dir / "args.json")
-    return device
 
 def load_args(run_dir: str) -> "Args | None":
     """The arguments of a run of this script; None if it is none."""
@@ -575,9 +573,9 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
     for seed, row in zip(columns["seed"], table.tolist(), strict=True):
         row = dict(zip(columns, row, strict=True))
         report({k if k == "step" else f"{name}/{k}/seed_{seed}": v for k, v in row.items()})
-        if bad := [k for k, v in row.items() if ("loss" in k or "norm" in k) and not np.isfinite(v)]:
+        if bad := [k for k in row if ("loss" in k or "norm" in k or "std" in k) and not np.isfinite(row[k])]:
             where = [f"{k} {row[k]:.0f}" for k in ("iteration", "stage", "epoch") if k in row]
-            raise FloatingPointError(f"seed {seed}, {', '.join(where)}: not finite: {', '.join(bad)}")
+            raise FloatingPointError(f"seed {seed}, {', '.join(where)}: {', '.join(bad)} not finite")
 
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
     """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
@@ -590,40 +588,42 @@ def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
 
 def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """The tree `like`, of shapes and types, from a file, and the file's meta; ValueError if they differ."""
-    def load(name: tuple, leaf: Any) -> Array:
+    def load(name: tuple, leaf: Any) -> np.ndarray:
         array = file[name := jax.tree_util.keystr(name)]
         if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
             raise ValueError(f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}")
-        return jnp.array(array)
+        return array
     with np.load(path, allow_pickle=False) as file:
         meta = json.loads(str(file["meta"]))
         return jax.tree.map_with_path(load, like.replace(**dict.fromkeys(meta.get("without", [])))), meta
 
 def save_state(run_dir: Path, name: str, state: Any, **meta: Any) -> None:
     """A checkpoint to resume from, without parts that are None; it and the newest before it are kept."""
-    meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
+    meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
     meta["without"] = [name for name, part in vars(state).items() if part is None]
-    save_arrays(file := run_dir / "checkpoints" / f"state_{name}.npz", state, **meta)
-    for old in sorted(f for f in file.parent.glob("state_*.npz") if f.name <= file.name)[:-2]:
-        old.unlink()  # a damaged one may be newer
+    save_arrays(run_dir / "checkpoints" / f"state_{name}.npz", state, **meta)
+    for old in sorted(run_dir.glob("checkpoints/state_*.npz"))[:-2]:
+        old.unlink()
 
 def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, Any]]:
     """State and meta of the newest good checkpoint, if there is one; CSV files lose what came after."""
-    sizes = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
-    for file in (files := sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)):
+    sizes = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
+    for i, file in enumerate(files := sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)):
         try:
             state, meta = load_arrays(file, like)
             if meta["run"] == run and all(sizes.get(k, 0) >= n for k, n in meta["bytes"].items()):
                 break
             raise ValueError(f"it is of {meta['run']}, or CSV files have lost rows since")
         except Exception as error:
-            print(f"{file}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
-    else:
-        require(not files, "resume", run_dir, "a run with a checkpoint that can be read")
-        state, meta = None, {"bytes": {}}
+            print(f"{files[i]}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
+    else:  # training begins with a checkpoint
+        require(not files and "train.csv" not in sizes, "resume", run_dir, "a run with a good checkpoint")
+        i, state, meta = 0, None, {"bytes": {}}
+    for bad in files[:i]:
+        bad.replace(bad.with_suffix(".bad"))  # or it might be taken later, beside other rows than its own
     for name in sizes:
         os.truncate(run_dir / name, meta["bytes"].get(name, 0))
-    return state, meta
+    return jax.tree.map(jnp.array, state), meta
 
 def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
     """A thread's work: rows to Weights & Biases until None comes, offline once that fails; nobody waits."""
@@ -634,14 +634,14 @@ def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
     for mode in (None, "offline") if args.track else ():  # None: as WANDB_MODE says
         try:
             import wandb
-            run = wandb.init(resume="allow", mode=mode, **about)
-            run.define_metric("*", step_metric="step")
+            wandb.init(resume="allow", mode=mode, **about).define_metric("*", step_metric="step")
             while row is not None:
-                run.log(row)
+                wandb.log(row)
                 row = rows.get()
             return wandb.teardown()
         except Exception as error:
-            print(f"Weights & Biases: {error}; going on offline, in {run_dir}/wandb", file=sys.stderr)
+            said = f"Weights & Biases: {error}; going on offline, in {run_dir}/wandb"
+            print(said, file=sys.stderr) if mode is None else None
             with suppress(BaseException):
                 wandb.teardown()  # or the id stays in use
 
@@ -675,25 +675,25 @@ def main() -> int:
         print("Stopping after this iteration or epoch; a second signal stops at once.", file=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
-    resume = f"go on with: python {sys.argv[0]} --resume {run_dir}"
+    run_dir = Path(args.resume).resolve() if args.resume else make_run_dir(args)
     (tracker := Thread(target=track, args=(args, run_dir, rows), daemon=True)).start()
+    n, device = args.num_seeds, f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    print(f"{args.env_id}, {n} seed(s) from {args.seed}, {args.total_timesteps:,} steps, {device}; {run_dir}")
+    if jax.default_backend() == "cpu" and args.preset != "cpu":
+        print(f"On a CPU: {args.total_timesteps * n / 1.8e7:.0f} hours at 5000 steps/s. See --preset cpu.")
+    resume = f"go on with: python {sys.argv[0]} --resume {run_dir}"
     try:
-        device, n, total = write_args(args, run_dir), args.num_seeds, args.total_timesteps
-        print(f"{args.env_id}, {n} seed(s) from {args.seed}: {total:,} steps each on {device}; {run_dir}")
-        if jax.default_backend() == "cpu" and args.preset != "cpu":
-            print(f"On a CPU: {total * n / 1.8e7:.0f} hours at 5000 steps/s. --preset cpu is short.")
         with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
-            pool.submit(train, args, run_dir, caught, rows.put if args.track else bool).result()
+            finished = pool.submit(train, args, run_dir, caught, rows.put if args.track else bool).result()
     except (OSError, FloatingPointError) as error:
-        good = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
-        print(f"{sys.argv[0]}: {error}; last good checkpoint: {good}; {resume}", file=sys.stderr)
+        newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
+        print(f"{sys.argv[0]}: {error}; last good checkpoint: {newest}; {resume}", file=sys.stderr)
         return 1
     finally:
         rows.put(None)
         tracker.join(30)
-    print(f"stopped by {signal.Signals(caught[0]).name}; {resume}" if caught else f"finished; see {run_dir}")
-    return 128 + caught[0] if caught else 0
+    print(f"finished: {run_dir}" if finished else f"stopped by {signal.Signals(caught[0]).name}; {resume}")
+    return 0 if finished else 128 + caught[0]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -88,6 +88,7 @@ class Args:
     wandb_project_name: str = "gorl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases user or team
 
+TABLES = ("eval", "train")  # CSV files of a run
 CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
                   num_minibatches=16, update_epochs=8, eval_every=200_000)  # fmt: skip
 
@@ -232,8 +233,8 @@ def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tu
 def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Array, Array]:
     """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
 
-    A truncated step's advantage is 0, its target its own value, and no sum crosses it: it teaches nothing.
-    Of a step's advantage r + gamma * target' - value, errors k > 0 later weigh gamma^k lambda^(k-1).
+    Truncated steps teach nothing: advantage 0, target the value itself, no sum across. Of an advantage
+    r + gamma * target' - value, an error k > 0 steps later weighs gamma^k lambda^(k-1).
     """
     going_on, value = 1.0 - truncated, lax.stop_gradient(value)
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
@@ -339,8 +340,8 @@ def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index
     agent = agent.replace(stats=merge_stats(agent.stats, steps.obs))
     return state.replace(agent=agent, envs=envs), metrics | rollout_metrics
 
-def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> None:
-    """Trains all seeds in `run_dir`, from its newest good checkpoint until `caught` has a signal."""
+def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
+    """Training from the newest good checkpoint: true at its end, false if `caught` has a signal before."""
     env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
     seed_keys = jax.vmap(jax.random.PRNGKey)(jnp.array(seeds))
     size, end = args.batch_size * args.num_minibatches * args.unroll_length, iterations(args)
@@ -350,15 +351,15 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> None:
     run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
     state, meta = restore(run_dir, jax.eval_shape(fresh, 0), run)
     done = meta.get("done", 0)  # iterations
-    start, saved_at, whole = time.time() - meta.get("wall_time", 0.0), time.time(), args.checkpoint_env_state
-    row = partial(log, run_dir, report, seed=seeds)
+    start, saved_at, exact = time.time() - meta.get("wall_time", 0.0), time.time(), args.checkpoint_env_state
+    row = partial(log, run_dir, report, seed=seeds)  # to a CSV file, and as a dict to `report`
     look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
     bar = tqdm(total=end * size * len(seeds), initial=done * size * len(seeds), file=sys.stdout, **look)
-    evaluating = state is None
-    state = state or fresh(0)
+    evaluating, state = not state, state or fresh(0)
     if state.envs is None:
-        bar.write("The checkpoint has no environments: fresh episodes.")
+        bar.write("The checkpoint has no environments: fresh episodes from here on.")
         state = state.replace(envs=fresh(10**6 + done).envs)
+    write_args(args, run_dir)
     while True:
         step, stopping = done * size, caught[:]
         if evaluating:
@@ -368,7 +369,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> None:
             bar.write(f"step {step:,}: return {r.mean(1).round(1)} +- {r.std(1).round(1)}")
             bar.set_postfix_str(f"return {r.mean():.1f}")
         if evaluating or stopping or time.time() - saved_at > 60 * args.checkpoint_minutes:
-            saved_at, parts = time.time(), state.replace(envs=state.envs if whole else None)
+            saved_at, parts = time.time(), state.replace(envs=state.envs if exact else None)
             save_state(run_dir, f"{step:012}", parts, run=run, done=done, wall_time=saved_at - start)
         if stopping or done == end:
             break
@@ -381,6 +382,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> None:
         if done == end or done * size // 60_000_000 > step // 60_000_000:
             save_arrays(run_dir / "checkpoints" / f"policy_{done * size}.npz", state.agent.policy())
         evaluating = done == end or done * size // args.eval_every > step // args.eval_every
+    return done == end
 
 def iterations(args: Args) -> int:
     """The total, rounded to iterations."""
@@ -417,19 +419,17 @@ def make_run_dir(args: "Args") -> Path:
             (run_dir / "checkpoints").mkdir(parents=True)
             return run_dir
         except OSError as error:
-            got = f"{args.runs_dir} ({error.strerror})"
-            require(os.path.exists(run_dir), "runs_dir", got, "a directory to write to")
+            require(run_dir.exists(), "runs_dir", f"{args.runs_dir}, {error.strerror}", "a writable folder")
 
-def write_args(args: "Args", run_dir: Path) -> str:
-    """args.json: arguments and, as "versions", what else a rerun needs for the same numbers; the device."""
+def write_args(args: "Args", run_dir: Path) -> None:
+    """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
     failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "mujoco", "mujoco-mjx", "playground", "warp-lang")
     versions = {package: version(package) for package in packages} | {"python": sys.version.split()[0]}
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit, "device": device}
+    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit}
+    versions["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     (aside := run_dir / "args.tmp").write_text(json.dumps(asdict(args) | {"versions": versions}, indent=1))
     aside.replace(run_dir / "args.json")
-    return device
 
 def load_args(run_dir: str) -> "Args | None":
     """The arguments of a run of this script; None if it is none."""
@@ -447,9 +447,9 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
     for seed, row in zip(columns["seed"], table.tolist(), strict=True):
         row = dict(zip(columns, row, strict=True))
         report({k if k == "step" else f"{name}/{k}/seed_{seed}": v for k, v in row.items()})
-        if bad := [k for k, v in row.items() if ("loss" in k or "norm" in k) and not np.isfinite(v)]:
+        if bad := [k for k in row if ("loss" in k or "norm" in k or "std" in k) and not np.isfinite(row[k])]:
             where = [f"{k} {row[k]:.0f}" for k in ("iteration", "stage", "epoch") if k in row]
-            raise FloatingPointError(f"seed {seed}, {', '.join(where)}: not finite: {', '.join(bad)}")
+            raise FloatingPointError(f"seed {seed}, {', '.join(where)}: {', '.join(bad)} not finite")
 
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
     """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
@@ -462,40 +462,42 @@ def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
 
 def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """The tree `like`, of shapes and types, from a file, and the file's meta; ValueError if they differ."""
-    def load(name: tuple, leaf: Any) -> Array:
+    def load(name: tuple, leaf: Any) -> np.ndarray:
         array = file[name := jax.tree_util.keystr(name)]
         if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
             raise ValueError(f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}")
-        return jnp.array(array)
+        return array
     with np.load(path, allow_pickle=False) as file:
         meta = json.loads(str(file["meta"]))
         return jax.tree.map_with_path(load, like.replace(**dict.fromkeys(meta.get("without", [])))), meta
 
 def save_state(run_dir: Path, name: str, state: Any, **meta: Any) -> None:
     """A checkpoint to resume from, without parts that are None; it and the newest before it are kept."""
-    meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
+    meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
     meta["without"] = [name for name, part in vars(state).items() if part is None]
-    save_arrays(file := run_dir / "checkpoints" / f"state_{name}.npz", state, **meta)
-    for old in sorted(f for f in file.parent.glob("state_*.npz") if f.name <= file.name)[:-2]:
-        old.unlink()  # a damaged one may be newer
+    save_arrays(run_dir / "checkpoints" / f"state_{name}.npz", state, **meta)
+    for old in sorted(run_dir.glob("checkpoints/state_*.npz"))[:-2]:
+        old.unlink()
 
 def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, Any]]:
     """State and meta of the newest good checkpoint, if there is one; CSV files lose what came after."""
-    sizes = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
-    for file in (files := sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)):
+    sizes = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
+    for i, file in enumerate(files := sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)):
         try:
             state, meta = load_arrays(file, like)
             if meta["run"] == run and all(sizes.get(k, 0) >= n for k, n in meta["bytes"].items()):
                 break
             raise ValueError(f"it is of {meta['run']}, or CSV files have lost rows since")
         except Exception as error:
-            print(f"{file}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
-    else:
-        require(not files, "resume", run_dir, "a run with a checkpoint that can be read")
-        state, meta = None, {"bytes": {}}
+            print(f"{files[i]}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
+    else:  # training begins with a checkpoint
+        require(not files and "train.csv" not in sizes, "resume", run_dir, "a run with a good checkpoint")
+        i, state, meta = 0, None, {"bytes": {}}
+    for bad in files[:i]:
+        bad.replace(bad.with_suffix(".bad"))  # or it might be taken later, beside other rows than its own
     for name in sizes:
         os.truncate(run_dir / name, meta["bytes"].get(name, 0))
-    return state, meta
+    return jax.tree.map(jnp.array, state), meta
 
 def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
     """A thread's work: rows to Weights & Biases until None comes, offline once that fails; nobody waits."""
@@ -506,14 +508,14 @@ def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
     for mode in (None, "offline") if args.track else ():  # None: as WANDB_MODE says
         try:
             import wandb
-            run = wandb.init(resume="allow", mode=mode, **about)
-            run.define_metric("*", step_metric="step")
+            wandb.init(resume="allow", mode=mode, **about).define_metric("*", step_metric="step")
             while row is not None:
-                run.log(row)
+                wandb.log(row)
                 row = rows.get()
             return wandb.teardown()
         except Exception as error:
-            print(f"Weights & Biases: {error}; going on offline, in {run_dir}/wandb", file=sys.stderr)
+            said = f"Weights & Biases: {error}; going on offline, in {run_dir}/wandb"
+            print(said, file=sys.stderr) if mode is None else None
             with suppress(BaseException):
                 wandb.teardown()  # or the id stays in use
 
@@ -547,25 +549,25 @@ def main() -> int:
         print("Stopping after this iteration or epoch; a second signal stops at once.", file=sys.stderr)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
-    resume = f"go on with: python {sys.argv[0]} --resume {run_dir}"
+    run_dir = Path(args.resume).resolve() if args.resume else make_run_dir(args)
     (tracker := Thread(target=track, args=(args, run_dir, rows), daemon=True)).start()
+    n, device = args.num_seeds, f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    print(f"{args.env_id}, {n} seed(s) from {args.seed}, {args.total_timesteps:,} steps, {device}; {run_dir}")
+    if jax.default_backend() == "cpu" and args.preset != "cpu":
+        print(f"On a CPU: {args.total_timesteps * n / 1.8e7:.0f} hours at 5000 steps/s. See --preset cpu.")
+    resume = f"go on with: python {sys.argv[0]} --resume {run_dir}"
     try:
-        device, n, total = write_args(args, run_dir), args.num_seeds, args.total_timesteps
-        print(f"{args.env_id}, {n} seed(s) from {args.seed}: {total:,} steps each on {device}; {run_dir}")
-        if jax.default_backend() == "cpu" and args.preset != "cpu":
-            print(f"On a CPU: {total * n / 1.8e7:.0f} hours at 5000 steps/s. --preset cpu is short.")
         with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
-            pool.submit(train, args, run_dir, caught, rows.put if args.track else bool).result()
+            finished = pool.submit(train, args, run_dir, caught, rows.put if args.track else bool).result()
     except (OSError, FloatingPointError) as error:
-        good = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
-        print(f"{sys.argv[0]}: {error}; last good checkpoint: {good}; {resume}", file=sys.stderr)
+        newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
+        print(f"{sys.argv[0]}: {error}; last good checkpoint: {newest}; {resume}", file=sys.stderr)
         return 1
     finally:
         rows.put(None)
         tracker.join(30)
-    print(f"stopped by {signal.Signals(caught[0]).name}; {resume}" if caught else f"finished; see {run_dir}")
-    return 128 + caught[0] if caught else 0
+    print(f"finished: {run_dir}" if finished else f"stopped by {signal.Signals(caught[0]).name}; {resume}")
+    return 0 if finished else 128 + caught[0]
 
 if __name__ == "__main__":
     sys.exit(main())

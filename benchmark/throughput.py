@@ -17,6 +17,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -133,7 +134,32 @@ def measure(bench: Bench, script: Any, args: Any) -> dict[str, Any]:
         return metrics
 
     phase("iteration", one_iteration)
+    result["checkpoint"] = checkpoint(script, state, result["iteration"]["sps"])
+    print(f"checkpoint: {json.dumps(result['checkpoint'])}", flush=True)
     result["training_over_physics"] = result["iteration"]["sps"] / result["physics"]["sps"]
+    return result
+
+
+def checkpoint(script: Any, state: Any, sps: float) -> dict[str, float]:
+    """Seconds and bytes of a checkpoint with everything, and without the decoder's ring; seconds to load.
+
+    `slowdown_worst`: of a run with one of everything for every 6M steps of a seed.
+    """
+    result = {}
+    parts = {"whole": state} | ({"without_ring": state.replace(ring=None)} if hasattr(state, "ring") else {})
+    with tempfile.TemporaryDirectory() as folder:
+        (run_dir := Path(folder)).joinpath("checkpoints").mkdir()
+        for name, part in parts.items():
+            start = time.perf_counter()
+            script.save_state(run_dir, name, part, run=[])
+            result[f"{name}_save_seconds"] = time.perf_counter() - start
+            file = run_dir / "checkpoints" / f"state_{name}.npz"
+            result[f"{name}_bytes"] = file.stat().st_size
+            start = time.perf_counter()
+            jax.block_until_ready(script.load_arrays(file, jax.eval_shape(lambda: state))[0])
+            result[f"{name}_load_seconds"] = time.perf_counter() - start
+    seeds = len(jax.tree.leaves(state)[0])
+    result["slowdown_worst"] = 1 + result["whole_save_seconds"] * sps / (6_000_000 * seeds)
     return result
 
 

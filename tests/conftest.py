@@ -28,6 +28,7 @@ def compilation_cache(tmp_path_factory):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "tests"
     cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     jax.config.update("jax_compilation_cache_dir", cache)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # for child processes
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("cwd"))
     yield cache

@@ -26,7 +26,7 @@ BLOCKS = {
 # Definitions that may differ between two scripts that both have them: the policy, its loss, their arguments.
 POLICY = {"Args", "init_agent", "act", "loss_fn"}
 DECODERS = {"Args", "check", "init_agent", "decode", "decoder_loss"}
-STAGES = {"CPU_PRESET", "Agent", "TrainState", "begin", "iteration", "train", "check", "parse_args"}
+STAGES = {"CPU_PRESET", "TABLES", "Agent", "TrainState", "begin", "iteration", "train", "check", "parse_args"}
 
 
 def text(script):

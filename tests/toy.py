@@ -6,10 +6,22 @@ python tests/toy.py gorl_fm_ppo --seed 1
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from mujoco_playground import State
+from flax import struct
+
+
+@struct.dataclass
+class State:
+    """As Playground's."""
+
+    data: Any
+    obs: jax.Array
+    reward: jax.Array
+    done: jax.Array
 
 
 class PointMass:
@@ -23,7 +35,7 @@ class PointMass:
 
     def observe(self, data, done):
         obs = jnp.append(data["x"], data["x"].sum())
-        return State(data, obs, jnp.exp(-jnp.square(data["x"]).sum()), jnp.float32(done), {}, {})
+        return State(data, obs, jnp.exp(-jnp.square(data["x"]).sum()), jnp.float32(done))
 
     def step(self, state, action):
         fuse = state.data["fuse"] - 1
@@ -33,6 +45,9 @@ class PointMass:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
+    playground = sys.modules["mujoco_playground"] = ModuleType("mujoco_playground")  # takes seconds to import
+    playground.MjxEnv, playground.dm_control_suite = PointMass, ModuleType("dm_control_suite")
+    playground.dm_control_suite.ALL_ENVS = ["HopperHop", "HopperStand"]
     script = importlib.import_module(sys.argv[1])
     script.make_env = lambda args: PointMass()
     sys.argv = [script.__file__, *sys.argv[2:]]
