@@ -554,7 +554,7 @@ def test_names():
 
 
 def kill_campaign(kills, out):
-    """A longer campaign than the tests': kills of toy runs of every script, by phase; raises on a difference."""
+    """A longer campaign than the tests', of toy runs of every script. Raises if one ends differently."""
     began, phases = time.time(), ("decoder", *PHASES)
     result = {
         "command": " ".join(["PYTHONPATH=. python", "tests/test_faults.py", *sys.argv[1:]]),
