@@ -88,7 +88,10 @@ def states(run_dir):
 
 
 def size(path):
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # the run renames it just now
+        return 0
 
 
 # --- kills ---
@@ -118,8 +121,8 @@ def wait_for(phase, process, runs, rng):
 
 def evaluates(run_dir):
     """Whether the last row of train.csv is of a step at which an evaluation is due."""
-    rows = (run_dir / "train.csv").read_text().splitlines()
-    return rows[-1].split(",")[1].isdigit() and int(rows[-1].split(",")[1]) % 160 == 0
+    row = (run_dir / "train.csv").read_text().splitlines()[-1].split(",")
+    return len(row) > 1 and row[1].isdigit() and int(row[1]) % 160 == 0
 
 
 def campaign(script, runs, phases, seed):
