@@ -490,7 +490,7 @@ def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, An
             raise ValueError(f"it is of {meta['run']}, or CSV files have lost rows since")
         except Exception as error:
             print(f"{files[i]}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
-    else:  # training begins with a checkpoint
+    else:  # a run's first checkpoint is older than the first row of train.csv
         require(not files and "train.csv" not in sizes, "resume", run_dir, "a run with a good checkpoint")
         i, state, meta = 0, None, {"bytes": {}}
     for bad in files[:i]:
@@ -505,7 +505,7 @@ def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
     row, about = rows.get(), {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
     caps = {"init_timeout": 20, "finish_timeout": 20, "x_transaction_log_flush_interval": 1, "console": "off"}
     about |= {"id": run_dir.name, "name": run_dir.name, "config": asdict(args), "settings": caps}
-    for mode in (None, "offline") if args.track else ():  # None: as WANDB_MODE says
+    for mode in (None, "offline") if row else ():  # None: as WANDB_MODE says
         try:
             import wandb
             wandb.init(resume="allow", mode=mode, **about).define_metric("*", step_metric="step")
@@ -555,13 +555,13 @@ def main() -> int:
     print(f"{args.env_id}, {n} seed(s) from {args.seed}, {args.total_timesteps:,} steps, {device}; {run_dir}")
     if jax.default_backend() == "cpu" and args.preset != "cpu":
         print(f"On a CPU: {args.total_timesteps * n / 1.8e7:.0f} hours at 5000 steps/s. See --preset cpu.")
-    resume = f"go on with: python {sys.argv[0]} --resume {run_dir}"
+    resume = f"go on with: {sys.executable} {sys.argv[0]} --resume {run_dir}"
     try:
         with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
             finished = pool.submit(train, args, run_dir, caught, rows.put if args.track else bool).result()
     except (OSError, FloatingPointError) as error:
         newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
-        print(f"{sys.argv[0]}: {error}; last good checkpoint: {newest}; {resume}", file=sys.stderr)
+        print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
         return 1
     finally:
         rows.put(None)

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -42,7 +41,7 @@ TWO = [
     gorl_fm_ppo,
     ppo_gaussian,
 ]  # the others' loops are to the letter those of one of these (test_shared.py)
-WANDB = {"WANDB_API_KEY": "a" * 40, "WANDB_ERROR_REPORTING": "false"}
+WANDB = {"WANDB_API_KEY": "a" * 40, "WANDB_ERROR_REPORTING": "false", "WANDB_MODE": "online"}
 
 
 def command(script, *arguments):
@@ -56,7 +55,10 @@ def start(script, *arguments, environment=(), **popen):
 
 
 def finish(process, timeout=300):
-    process.out, process.err = process.communicate(timeout=timeout)
+    try:
+        process.out, process.err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
     return process
 
 
@@ -110,18 +112,19 @@ def wait_for(phase, process, runs, rng):
     file = {"decoder": "decoder.csv", "checkpoint": "checkpoints/unfinished.tmp"}.get(phase, "train.csv")
     events = int(rng.integers(2, 5))  # the first event is the one that is there already
     while process.poll() is None:
+        time.sleep(0.0003)
         now = size(run_dir / file)
         if now != seen and (phase != "checkpoint" or now):
             seen, events = now, events - 1
             if events <= 0 and (phase != "evaluation" or evaluates(run_dir)):
-                time.sleep(rng.uniform(0, 0.01))
+                time.sleep(rng.uniform(0, 0.002 if phase == "checkpoint" else 0.01))
                 return process.poll() is None
     return False
 
 
 def evaluates(run_dir):
     """Whether the last row of train.csv is of a step at which an evaluation is due."""
-    row = (run_dir / "train.csv").read_text().splitlines()[-1].split(",")
+    row = ((run_dir / "train.csv").read_text().splitlines() or [""])[-1].split(",")
     return len(row) > 1 and row[1].isdigit() and int(row[1]) % 160 == 0
 
 
@@ -137,7 +140,7 @@ def campaign(script, runs, phases, seed):
         assert process.returncode in (0, -signal.SIGKILL), process.err[-2000:]
         run_dirs = [path.parent for path in runs.glob(f"{len(done)}/*/args.json")]
         if process.returncode == 0:  # a run has ended; a phase that did not come is tried in another
-            assert "finished" in process.out
+            assert "finished" in process.out and len(done) < 2 + len(phases)
             done, resume, todo = done + run_dirs, [], todo if todo[0] else []
             continue
         phase = todo.pop(0)
@@ -197,7 +200,7 @@ def test_killed_runs_end_as_if_they_had_not_been(killed, references, i):
 
 @pytest.mark.parametrize(
     ("script", "number", "file"),
-    [*((s, signal.SIGTERM, "train.csv") for s in SCRIPTS), (gorl_fm_ppo, signal.SIGINT, "decoder.csv")],
+    [*((s, signal.SIGTERM, "eval.csv") for s in SCRIPTS), (gorl_fm_ppo, signal.SIGINT, "decoder.csv")],
     ids=lambda x: getattr(x, "__name__", None) or getattr(x, "name", x),
 )
 def test_a_signal_stops_with_a_checkpoint(script, number, file, references, tmp_path):
@@ -215,8 +218,9 @@ def test_a_signal_stops_with_a_checkpoint(script, number, file, references, tmp_
     assert step == int(table(run_dir, "train")[-1]["step"])
     if file == "decoder.csv":
         last = table(run_dir, "decoder")[-1]
-        assert refinement == [int(last["stage"]) - 1, int(last["epoch"]) + 1] and 0 < refinement[1] <= 8
-    if script not in TWO or (file == "train.csv" and script in GORL):
+        over = int(last["epoch"]) == 7  # the refinement was: the next stage has begun
+        assert refinement == [int(last["stage"]) - 1 + over, 0 if over else int(last["epoch"]) + 1]
+    if script not in TWO or (file == "eval.csv" and script in GORL):
         return
     before = {name: table(run_dir, name) for name in TABLES}
     done = run(script, "--resume", run_dir)
@@ -264,11 +268,6 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def limited():
-    """Of this process's files, none may get larger than 1 MB."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-
-
 @pytest.mark.parametrize(
     ("script", "kind"), [(gorl_fm_ppo, "mount"), (gorl_fm_ppo, "limit"), (ppo_gaussian, "mount")]
 )
@@ -285,7 +284,10 @@ def test_full_disk(script, kind, small_disk, references, tmp_path):
         process.kill()
         finish(process)
         (run_dir,), enlarge = (tmp_path / "runs").iterdir(), None
-        process = run(script, "--resume", run_dir, preexec_fn=limited)
+        # Of this process's files, none may get larger than 1 MB.
+        limited = ["bash", "-c", 'ulimit -f 976 && exec "$@"', "bash", *command(script, "--resume", run_dir)]
+        process = subprocess.Popen(limited, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        finish(process)
     assert process.returncode == 1
     problem = "No space left" if kind == "mount" and small_disk else "File too large"
     one_line(process, problem, str(states(run_dir)[-1]), f"--resume {run_dir}")
@@ -299,7 +301,7 @@ def test_full_disk(script, kind, small_disk, references, tmp_path):
 def test_a_directory_that_cannot_be_written(references, tmp_path):
     """Otherwise that is a traceback, after everything was compiled."""
     run_dir = shutil.copytree(references[gorl_fm_ppo], tmp_path / "run")
-    for path in states(run_dir):
+    for path in [*states(run_dir), *run_dir.glob("*.csv")]:
         path.unlink()
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints").write_text("not a directory")
@@ -413,11 +415,11 @@ def test_a_refused_resume_changes_nothing(references, tmp_path):
     ]
     longer = run(gorl_fm_ppo, *small, "--stage-timesteps", 640, 640, 320, 360)
     assert longer.returncode == 0, longer.err[-2000:]  # its last checkpoint has no decoder data
-    before = {path.name: path.read_bytes() for path in small[-1].iterdir() if path.is_file()}
+    before = {path: path.read_bytes() for path in small[-1].rglob("*") if path.is_file()}
     process = run(gorl_fm_ppo, *small, "--stage-timesteps", 640, 640, 320, 360, 320)
     assert process.returncode == 2
     one_line(process, "--resume", "decoder data")
-    assert before == {path.name: path.read_bytes() for path in small[-1].iterdir() if path.is_file()}
+    assert before == {path: path.read_bytes() for path in small[-1].rglob("*") if path.is_file()}
 
 
 # --- without environments ---
@@ -432,8 +434,8 @@ def test_small_checkpoints(script, number, tmp_path):
     sizes, rng, resume = [], np.random.default_rng(0), []
     for phase in ["decoder"] * (script in GORL) + ["iteration", "checkpoint"]:
         process = start(script, *(resume or small))
-        if wait_for(phase, process, tmp_path, rng):
-            process.send_signal(number)
+        assert wait_for(phase, process, tmp_path, rng)
+        process.send_signal(number)
         finish(process)
         (run_dir,) = tmp_path.iterdir()
         sizes += [size(path) for path in states(run_dir)]
@@ -464,7 +466,7 @@ def test_exploding_numbers(script, argument, tmp_path):
     assert process.returncode == 1
     (run_dir,) = tmp_path.iterdir()
     good = states(run_dir)[-1]
-    where = "epoch 0" if "decoder" in argument else "iteration 1"
+    where = "epoch 0:" if "decoder" in argument else "iteration 1,"
     one_line(process, "not finite", "loss", where, str(good))
     with np.load(good) as file:
         assert all(np.isfinite(file[name]).all() for name in file.files if file[name].dtype.kind == "f")
@@ -486,11 +488,24 @@ def complaints(process):
 def test_unreachable_wandb(references, tmp_path, wandb_home):
     """Otherwise a network that is down stops or slows training."""
     hole = {"WANDB_BASE_URL": "http://127.0.0.1:9"}  # nobody listens there
+    began = time.time()
     process = run(gorl_fm_ppo, "--runs-dir", tmp_path / "runs", "--track", environment=wandb_home | hole)
-    assert process.returncode == 0 and len(complaints(process)) == 1, process.err[-2000:]
+    assert process.returncode == 0 and len(complaints(process)) <= 1, process.err[-2000:]
+    assert time.time() - began < 120
     (run_dir,) = (tmp_path / "runs").iterdir()
     same_run(run_dir, references[gorl_fm_ppo])
-    assert list(run_dir.glob(f"wandb/offline-run-*-{run_dir.name}"))
+    times = [float(row["wall_time"]) for row in csv.DictReader((run_dir / "train.csv").open())]
+    assert times[-1] - times[0] < 15  # it takes 20 s to give up
+
+
+def test_refused_wandb_goes_on_offline(tmp_path, wandb_home):
+    """Otherwise the rows of a run without a network or a login are in no Weights & Biases run at all."""
+    nobody = wandb_home | {"WANDB_API_KEY": ""}  # which is known at once
+    process = run(ppo_gaussian, "--runs-dir", tmp_path / "runs", "--track", environment=nobody)
+    assert process.returncode == 0 and len(complaints(process)) == 1, process.err[-2000:]
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    (file,) = run_dir.glob(f"wandb/offline-run-*-{run_dir.name}/run-*.wandb")
+    assert file.stat().st_size > 20_000  # its rows
 
 
 def test_a_resumed_run_continues_its_wandb_run(references, tmp_path, wandb_home):
@@ -547,7 +562,7 @@ def services(pid):
     return found
 
 
-def test_metadata_of_a_resumed_run(references):
+def test_metadata(references):
     """Otherwise tools that read args.json stop at a run's directory."""
     stored = json.loads((references[gorl_fm_ppo] / "args.json").read_text())
     assert stored["checkpoint_env_state"] is True and re.match(r"\d+ x ", stored["versions"]["device"])
