@@ -398,8 +398,7 @@ def begin(args: Args, env: MjxEnv, seed_key: Array, index: Any) -> TrainState:
     agent = init_agent(args, env.observation_size, env.action_size, derive_key(seed_key, INIT, index))
     envs = reset_envs(env, args.num_envs, derive_key(seed_key, RESET, index))
     row = {"obs": envs.state.obs, "u": jnp.zeros((args.num_envs, env.action_size)), "reward": envs.steps}
-    rows = args.decoder_buffer_size // args.num_envs
-    ring = {name: jnp.zeros((rows, *x.shape)) for name, x in row.items()}
+    ring = {name: jnp.zeros((args.decoder_buffer_size // args.num_envs, *x.shape)) for name, x in row.items()}
     learner = agent.decoder, optax.adam(args.decoder_learning_rate).init(agent.decoder["net"])
     return TrainState(agent=agent, envs=envs, ring=ring, learner=learner)
 
@@ -640,8 +639,7 @@ def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
                 row = rows.get()
             return wandb.teardown()
         except Exception as error:
-            said = f"Weights & Biases: {error}; going on offline, in {run_dir}/wandb"
-            print(said, file=sys.stderr) if mode is None else None
+            print(f"Weights & Biases: {error}; rows go to {run_dir}/wandb, if that works", file=sys.stderr)
             with suppress(BaseException):
                 wandb.teardown()  # or the id stays in use
 
@@ -682,18 +680,20 @@ def main() -> int:
     if jax.default_backend() == "cpu" and args.preset != "cpu":
         print(f"On a CPU: {args.total_timesteps * n / 1.8e7:.0f} hours at 5000 steps/s. See --preset cpu.")
     resume = f"go on with: {sys.executable} {sys.argv[0]} --resume {run_dir}"
-    try:
-        with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
-            finished = pool.submit(train, args, run_dir, caught, rows.put if args.track else bool).result()
-    except (OSError, FloatingPointError) as error:
-        newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
-        print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
-        return 1
-    finally:
-        rows.put(None)
-        tracker.join(30)
-    print(f"finished: {run_dir}" if finished else f"stopped by {signal.Signals(caught[0]).name}; {resume}")
-    return 0 if finished else 128 + caught[0]
+    def work() -> int:
+        try:
+            end = train(args, run_dir, caught, rows.put if args.track else bool)
+            print(f"finished: {run_dir}" if end else f"stopped by {signal.Signals(caught[0]).name}; {resume}")
+            return 0 if end else 128 + caught[0]
+        except (OSError, FloatingPointError) as error:  # in this thread, which may hold a lock of tqdm's
+            newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
+            print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
+            return 1
+        finally:
+            rows.put(None)
+            tracker.join(30)
+    with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
+        return pool.submit(work).result()
 
 if __name__ == "__main__":
     sys.exit(main())

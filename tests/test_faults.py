@@ -49,21 +49,28 @@ def command(script, *arguments):
     return [sys.executable, TOY, script.__name__, *tiny, *map(str, arguments)]
 
 
-def start(script, *arguments, environment=(), **popen):
-    text = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(script, *arguments), env=os.environ | dict(environment), **text | popen)
+def start(script, *arguments, environment=(), prefix=()):
+    """A process that writes into files: a pipe that nobody reads would stop it once it is full."""
+    out, err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
+    env, line = os.environ | dict(environment), [*prefix, *command(script, *arguments)]
+    process = subprocess.Popen(line, env=env, stdout=out, stderr=err)
+    process.files = out, err
+    return process
 
 
 def finish(process, timeout=300):
     try:
-        process.out, process.err = process.communicate(timeout=timeout)
+        process.wait(timeout)
     finally:
         process.kill()
+    for file in process.files:
+        file.seek(0)
+    process.out, process.err = (file.read() for file in process.files)
     return process
 
 
-def run(script, *arguments, **popen):
-    return finish(start(script, *arguments, **popen))
+def run(script, *arguments, **how):
+    return finish(start(script, *arguments, **how))
 
 
 def table(run_dir, name):
@@ -176,7 +183,7 @@ CAMPAIGNS += [(script, ("decoder",) * (script in GORL) + PHASES, 3) for script i
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
+def killed(tmp_path_factory, references):
     """All campaigns, two at a time: of each, the future of its run directory and its kills."""
     with ThreadPoolExecutor(2) as pool:
         yield [
@@ -285,9 +292,8 @@ def test_full_disk(script, kind, small_disk, references, tmp_path):
         finish(process)
         (run_dir,), enlarge = (tmp_path / "runs").iterdir(), None
         # Of this process's files, none may get larger than 1 MB.
-        limited = ["bash", "-c", 'ulimit -f 976 && exec "$@"', "bash", *command(script, "--resume", run_dir)]
-        process = subprocess.Popen(limited, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        finish(process)
+        limit = ["bash", "-c", 'ulimit -f 976 && exec "$@"', "bash"]
+        process = run(script, "--resume", run_dir, prefix=limit)
     assert process.returncode == 1
     problem = "No space left" if kind == "mount" and small_disk else "File too large"
     one_line(process, problem, str(states(run_dir)[-1]), f"--resume {run_dir}")
@@ -296,6 +302,14 @@ def test_full_disk(script, kind, small_disk, references, tmp_path):
     done = run(script, "--resume", run_dir)
     assert done.returncode == 0 and "damaged" not in done.err, done.err[-2000:]
     same_run(run_dir, references[script])
+
+
+def test_a_terminal_that_is_gone(script, tmp_path):
+    """Otherwise a run whose log cannot be written hangs for good at its end."""
+    line = ["bash", "-c", '"$@" | head -c 1500', "bash", *command(script, "--runs-dir", tmp_path)]
+    assert subprocess.run(line, capture_output=True, timeout=60).returncode == 0
+    (run_dir,) = tmp_path.iterdir()
+    assert states(run_dir)
 
 
 def test_a_directory_that_cannot_be_written(references, tmp_path):
@@ -560,6 +574,23 @@ def services(pid):
         if int(fields[1]) == pid:
             found.append(int(path.parent.name))
     return found
+
+
+def test_more_stages_on_resuming_and_tracking(references, tmp_path, wandb_home):
+    """Otherwise a finished run cannot be prolonged, or Weights & Biases needs a network."""
+    run_dir = shutil.copytree(references[gorl_fm_ppo], tmp_path / "run")
+    stages = ["--stage-timesteps", 640, 640, 320, 320, 160]
+    process = run(
+        gorl_fm_ppo,
+        "--resume",
+        run_dir,
+        *stages,
+        "--track",
+        environment=wandb_home | {"WANDB_MODE": "offline"},
+    )
+    assert process.returncode == 0 and not complaints(process), process.err[-2000:]
+    assert [row["step"] for row in table(run_dir, "eval")[-4:]] == ["1920"] * 2 + ["2080"] * 2
+    assert list(run_dir.glob("wandb/offline-run-*"))
 
 
 def test_metadata(references):

@@ -14,6 +14,7 @@ from conftest import GORL, SCRIPTS, PointMass, name_of
 from flax import struct
 
 import gorl_fm_ppo
+import ppo_gaussian
 
 
 @struct.dataclass
@@ -33,6 +34,10 @@ STAGES = (
     "--clip-eps 0.1 0.2 --kl-coef 1 2 3"
 ).split()
 TINY = [*COMMON, *STAGES]
+TWO = [
+    gorl_fm_ppo,
+    ppo_gaussian,
+]  # the others' loops are to the letter those of one of these (test_shared.py)
 TABLES = "eval", "train", "decoder", "refine"
 
 
@@ -179,6 +184,7 @@ def test_policies_of_a_finished_run(finished, monkeypatch):
             script.load_policy(str(run_dir), **wrong)
 
 
+@pytest.mark.parametrize("finished", TWO, indirect=True, ids=name_of)
 def test_killed_before_the_first_checkpoint(finished, tmp_path):
     """Otherwise --resume of such a run fails, or doubles the rows of step 0."""
     script, _, finished_dir = finished
@@ -197,6 +203,7 @@ def test_killed_before_the_first_checkpoint(finished, tmp_path):
     same_tables(run_dir, finished_dir)
 
 
+@pytest.mark.parametrize("finished", TWO, indirect=True, ids=name_of)
 def test_a_longer_budget_on_resuming(finished, tmp_path):
     """Otherwise a finished run that is prolonged is not the longer run from the start."""
     script, tiny, finished_dir = finished
