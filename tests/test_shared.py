@@ -125,7 +125,7 @@ def test_pins_are_the_same(script):
     inline = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))["dependencies"]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    tests_only = {"pytest", "scipy", "brax", "ruff"}
+    tests_only = {"pytest", "pytest-xdist", "scipy", "brax", "ruff"}
     assert inline == [line for line in required if line.split("==")[0] not in tests_only]
 
 
