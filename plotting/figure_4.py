@@ -1,0 +1,43 @@
+"""Figure 4: learning curves, a panel a task, five methods, mean and one std over seeds.
+
+    python -m plotting.figure_4 --runs results runs --out figures
+"""
+
+import sys
+from pathlib import Path
+
+from plotting import runs, style
+from plotting.paper import TOTAL_TIMESTEPS, reported
+
+
+def draw(options: runs.Options) -> list[Path]:
+    """Draws Figure 4: return of the evaluation policy against environment steps, unsmoothed.
+
+    The paper smooths (Gaussian, sigma 100). Where runs have the paper's length, its final returns (Table 1) stand
+    right of the curves. Raises CannotDraw if no run is to be drawn.
+    """
+    groups, preset = runs.select(options)
+    tasks = list(dict.fromkeys(task for _, task in groups))
+    figure, axes = style.panels(len(tasks))
+    for panel, task in zip(axes, tasks, strict=True):
+        mine = {method: group for (method, its_task), group in groups.items() if its_task == task}
+        for i, (method, group) in enumerate(mine.items()):
+            steps, returns = runs.align(group)
+            look = style.line(method)
+            style.band(panel, steps, *runs.mean_std(returns), label=style.label(method), **look)
+            if group.total == TOTAL_TIMESTEPS and (paper := reported(method, task)):
+                at = TOTAL_TIMESTEPS / 1e6 * (1.03 + 0.03 * i)
+                marker = {"fmt": "D", "markersize": 2.5, "elinewidth": 0.7, "label": "the paper's Table 1"}
+                panel.errorbar(at, *paper, color=look["color"], **marker)
+        for step in sorted({step for group in mine.values() for step in runs.refinements(group)}):
+            line = panel.axvline(step / 1e6, color="#777777", linewidth=0.8, dashes=(2, 2), zorder=0)
+            line.set_label("decoder refined (GoRL)")
+        panel.set(title=task, xlim=(0, None), ylim=(0, None))
+    counts = {len(group.curves) for group in groups.values()}
+    total = min(group.total for group in groups.values())
+    style.finish(figure, axes, style.note(counts, total, preset), columns=3)
+    return style.save(figure, options.out, "figure_4")
+
+
+if __name__ == "__main__":
+    sys.exit(runs.command(draw))

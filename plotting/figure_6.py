@@ -1,0 +1,73 @@
+"""Figure 6: the encoder trained anew on each frozen decoder of a GoRL run, stage by stage.
+
+    for stage in 0 1 2 3; do
+        python gorl_fm_ppo.py --env-id HopperStand --num-seeds 5 --decoder-from RUN_DIR:$stage
+    done
+    python -m plotting.figure_6
+"""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import matplotlib.pyplot as plt
+
+from plotting import runs, style
+from plotting.paper import STAGE_TASKS, TASKS
+
+
+def by_stage(options: runs.Options, method: str) -> tuple[dict[str, dict[int, runs.Group]], str]:
+    """Runs on a frozen decoder, by task and the decoder's stage, and their preset; CannotDraw if there is none.
+
+    Beside the decoder they may differ from the preset in length alone; of several lengths of a task, the one
+    with the most stages is drawn, or the longest of those.
+    """
+    groups = runs.load(options.runs, options.unfinished)
+    lengths = {"total_timesteps", "stage_timesteps"}
+    mine = [
+        g
+        for g in groups
+        if g.method == method and "decoder_from" in g.settings and set(g.settings) <= {"decoder_from"} | lengths
+    ]
+    presets = {g.preset for g in mine}
+    preset = options.preset if options.preset != "auto" else "paper" if "paper" in presets else "cpu"
+    found: dict[str, dict[int, dict[int, runs.Group]]] = {}
+    for g in mine:
+        if g.preset == preset:
+            found.setdefault(g.task, {}).setdefault(g.total, {})[g.settings["decoder_from"]] = g
+    if not found:
+        raise runs.CannotDraw(f"no finished run of {method}.py on a frozen decoder (--decoder-from RUN_DIR:STAGE)")
+    best = {}
+    for task in sorted(found, key=[*TASKS, *found].index):
+        total = max(found[task], key=lambda total: (len(found[task][total]), total))
+        best[task] = dict(sorted(found[task][total].items()))
+        for other in set(found[task]) - {total}:
+            print(f"left out: {task}, runs of {other / 1e6:g}M steps")
+    return best, preset
+
+
+def draw(
+    options: runs.Options, method: Literal["gorl_fm_ppo", "gorl_diff_ppo"] = "gorl_fm_ppo"
+) -> list[Path]:
+    """Draws Figure 6: a panel a task, a learning curve a decoder."""
+    tasks, preset = by_stage(options, method)
+    figure, axes = style.panels(len(tasks))
+    for panel, (task, stages) in zip(axes, tasks.items(), strict=True):
+        for stage, group in stages.items():
+            print(f"drawn: {group}")
+            steps, returns = runs.align(group)
+            name = f"decoder of stage {stage}" + " (identity)" * (stage == 0)
+            colour = plt.get_cmap("viridis")(min(stage, 3) / 3.3)
+            style.band(panel, steps, *runs.mean_std(returns), label=name, color=colour)
+        panel.set(title=f"{style.label(method)}, {task}", xlim=(0, None), ylim=(0, None))
+    every = [group for stages in tasks.values() for group in stages.values()]
+    counts, total = {len(g.curves) for g in every}, max(g.total for g in every)
+    text = style.note(counts, total, preset, paper=60_000_000)
+    if missing := [task for task in STAGE_TASKS if task not in tasks]:
+        text += f"; {' and '.join(missing)} not run"
+    style.finish(figure, axes, text, columns=4)
+    return style.save(figure, options.out, "figure_6")
+
+
+if __name__ == "__main__":
+    sys.exit(runs.command(draw))

@@ -1,0 +1,281 @@
+"""Run directories, in one place: what is there, what is whole, what belongs together, on which steps.
+
+A run is a folder with the `args.json` and `eval.csv` of a script. Runs belong together (a `Group`) if they agree
+in method, task, preset and every argument that matters to training; seeds and commits may differ.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from itertools import accumulate, pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+from plotting.paper import METHODS, TASKS
+
+ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
+
+# Arguments that do not change what is learned (or are told apart by other means).
+INCIDENTAL = {"env_id", "seed", "num_seeds", "seeds", "preset", "versions", "eval_every", "eval_envs", "resume"}
+INCIDENTAL |= {"runs_dir", "exp_name", "track", "wandb_project_name", "wandb_entity", "checkpoint_minutes"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every item of `plotting` takes."""
+
+    runs: tuple[Path, ...] = (Path("results"), Path("runs"))  # run directories, or folders that hold some
+    out: Path = Path("figures")  # where the files go
+    preset: Literal["auto", "paper", "cpu"] = "auto"  # the runs' preset; auto: paper if there are such runs
+    where: tuple[str, ...] = ()  # draw runs that differ from their preset in just this: argument=value ...
+    unfinished: bool = False  # draw runs that have not ended, too, as far as all their seeds have come
+
+
+class CannotDraw(Exception):
+    """The logs do not allow a figure; the message says what is missing."""
+
+
+class Curve(NamedTuple):
+    """A seed's evaluations: steps and mean returns (S,), and the run they come from."""
+
+    steps: np.ndarray
+    returns: np.ndarray
+    run: Path
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one setting, seed by seed."""
+
+    method: str  # the script's stem
+    task: str
+    preset: str
+    settings: dict[str, Any]  # arguments that differ from the preset's
+    total: int  # environment steps of a seed, as asked for
+    curves: dict[int, Curve] = field(default_factory=dict)  # by seed
+
+    def __str__(self) -> str:
+        different = "".join(f", {k}={shown(v)}" for k, v in self.settings.items())
+        folders = ", ".join(sorted({str(curve.run) for curve in self.curves.values()}))
+        seeds = f"seeds {', '.join(map(str, sorted(self.curves)))}, {self.total / 1e6:g}M steps"
+        return f"{METHODS.get(self.method, self.method)}, {self.task}{different}: {seeds} ({folders})"
+
+
+def shown(value: Any) -> str:
+    """A setting as it is written behind `--where`: a list's items with commas between."""
+    return ",".join(map(shown, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def script_of(stem: str) -> ModuleType | None:
+    """The training script of that name beside `plotting/`, imported; None if there is none."""
+    if not stem.isidentifier() or not (ROOT / f"{stem}.py").is_file():
+        return None
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(stem)
+
+
+@cache
+def preset_args(stem: str, preset: str) -> dict[str, Any]:
+    """What a script's preset sets each argument to; nothing for a script that is not here."""
+    if (script := script_of(stem)) is None:
+        return {}
+    args = script.Args(preset=preset)
+    return asdict(replace(args, **script.CPU_PRESET) if preset == "cpu" else args)
+
+
+def default_stages(total: int) -> list[int]:
+    """GoRL's four stages, 2 : 2 : 1 : 1 (App. E.4), of a total."""
+    return [end - start for start, end in pairwise(total * n // 6 for n in (0, 2, 4, 5, 6))]
+
+
+def refinements(group: Group) -> list[int]:
+    """Steps at which a GoRL run's decoder is refined; none for another method."""
+    if "stage_timesteps" not in preset_args(group.method, "paper"):
+        return []
+    return list(accumulate(group.settings.get("stage_timesteps", default_stages(group.total))))[:-1]
+
+
+def settings_of(args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an args.json that differ from its preset's and matter to training.
+
+    Of `--decoder-from RUN_DIR:STAGE` only the stage: each seed may have a decoder of its own.
+    """
+    default = preset_args(Path(args["versions"]["script"]).stem, args.get("preset", "paper"))
+    if not default:
+        return {}
+    default = default | {"stage_timesteps": default_stages(args["total_timesteps"])}
+    different = {}
+    for name, value in args.items():
+        usual = list(u) if isinstance(u := default.get(name), tuple) else u
+        if name not in INCIDENTAL and not name.startswith("checkpoint") and value != usual:
+            different[name] = value
+    if "decoder_from" in different:
+        different["decoder_from"] = int(str(different["decoder_from"]).rsplit(":", 1)[-1])
+    return different
+
+
+def read_args(run: Path) -> dict[str, Any]:
+    """A run's args.json; ValueError if it is not one."""
+    try:
+        args = json.loads((run / "args.json").read_text())
+        int(args["seed"]), int(args["total_timesteps"]), str(args["env_id"]), args["versions"]["script"]
+        args["batch_size"] * args["num_minibatches"] * args["unroll_length"]
+    except KeyError as error:
+        raise ValueError(f"args.json lacks {error}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"args.json is damaged or missing ({error})") from None
+    return args
+
+
+def read_table(file: Path) -> dict[str, np.ndarray]:
+    """A CSV file of a run, a column (rows,) a name; ValueError if it has a bad or missing row."""
+    try:
+        header, *_ = file.read_text().splitlines() or [""]
+        table = np.loadtxt(file, delimiter=",", skiprows=1, ndmin=2)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{file.name} is damaged or missing ({reason})") from None
+    names = header.split(",")
+    if table.size == 0 or table.shape[1] != len(names):
+        raise ValueError(f"{file.name} has no rows, or a header for other columns")
+    return dict(zip(names, table.T, strict=True))
+
+
+def last_step(args: dict[str, Any]) -> int:
+    """Where a run of these arguments ends: its total, rounded to whole iterations as the scripts do."""
+    size = args["batch_size"] * args["num_minibatches"] * args["unroll_length"]
+    return (2 * args["total_timesteps"] + size) // (2 * size) * size
+
+
+def read_run(run: Path, unfinished: bool = False) -> tuple[dict[str, Any], dict[int, Curve]]:
+    """Arguments and every seed's curve; ValueError if anything is missing, damaged or not finished."""
+    args = read_args(run)
+    table = read_table(run / "eval.csv")
+    if missing := {"seed", "step", "return_mean"} - set(table):
+        raise ValueError(f"eval.csv lacks {', '.join(sorted(missing))}")
+    curves = {}
+    for seed in range(args["seed"], args["seed"] + args.get("num_seeds", 1)):
+        mine = table["seed"] == seed
+        steps, returns = table["step"][mine], table["return_mean"][mine]
+        if len(steps) == 0:
+            raise ValueError(f"eval.csv has no row of seed {seed}")
+        if not np.isfinite(returns).all() or (np.diff(steps) <= 0).any():
+            raise ValueError(f"eval.csv, seed {seed}: returns that are not finite, or steps out of order")
+        if steps[-1] > last_step(args) or (steps[-1] < last_step(args) and not unfinished):
+            raise ValueError(f"seed {seed} is not finished: at step {steps[-1]:.0f} of {last_step(args)}")
+        curves[seed] = Curve(steps, returns, run)
+    return args, curves
+
+
+def find(paths: tuple[Path, ...]) -> list[Path]:
+    """Run directories in or under these folders, by name. A missing folder ends the program, exit status 2."""
+    for path in paths:
+        if not path.is_dir() and paths != Options.runs:
+            wrong("--runs", path, "run directories, or folders that hold some")
+    found = {file.parent for path in paths for name in ("args.json", "eval.csv") for file in path.rglob(name)}
+    return sorted(found)
+
+
+def wrong(argument: str, got: Any, takes: str) -> None:
+    """Ends the program with one line on stderr and exit status 2."""
+    print(f"plotting: {argument}: got {got}; takes {takes}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@cache
+def load(paths: tuple[Path, ...], unfinished: bool = False) -> tuple[Group, ...]:
+    """All groups under these folders. What is not whole is named and skipped; a seed counts once."""
+    groups: dict[tuple, Group] = {}
+    for run in find(paths):
+        try:
+            args, curves = read_run(run, unfinished)
+            method, preset = Path(args["versions"]["script"]).stem, args.get("preset", "none")
+            settings = settings_of(args)
+        except ValueError as error:
+            print(f"skipped {run}: {error}")
+            continue
+        key = (method, args["env_id"], preset, args["total_timesteps"], json.dumps(settings, sort_keys=True))
+        group = Group(method, args["env_id"], preset, settings, args["total_timesteps"])
+        group = groups.setdefault(key, group)
+        for seed, curve in curves.items():
+            first = group.curves.setdefault(seed, curve)
+            if first is not curve:
+                same = all(map(np.array_equal, first[:2], curve[:2]))
+                print(f"skipped seed {seed} of {run}: {'a copy of' if same else 'there is already'} {first.run}")
+    return tuple(groups[key] for key in sorted(groups))
+
+
+def pick_preset(groups: tuple[Group, ...], options: Options) -> str:
+    """The preset to draw: as asked for, or the paper's if it has been run."""
+    if options.preset != "auto":
+        return options.preset
+    return "paper" if any(g.preset == "paper" and not g.settings for g in groups) else "cpu"
+
+
+def select(options: Options, quiet: bool = False) -> tuple[dict[tuple[str, str], Group], str]:
+    """The groups to draw by (method, task), in the paper's order, and their preset; names those left out.
+
+    A group is drawn if it differs from its preset in nothing but `--where`. CannotDraw if there is none.
+    """
+    groups = load(options.runs, options.unfinished)
+    preset, asked = pick_preset(groups, options), [w.split("=", 1) for w in options.where]
+    if bad := [w for w in options.where if "=" not in w]:
+        wrong("--where", bad[0], "argument=value, with the argument's name as in args.json")
+    order = {name: i for i, name in enumerate((*METHODS, *TASKS))}
+    chosen = {}
+    for group in sorted(groups, key=lambda g: (order.get(g.method, 99), order.get(g.task, 99), g.task)):
+        known = preset_args(group.method, "paper")
+        want = {name.replace("-", "_"): value for name, value in asked if name.replace("-", "_") in known}
+        if known and group.preset == preset and {k: shown(v) for k, v in group.settings.items()} == want:
+            chosen[group.method, group.task] = group
+        elif not quiet:
+            print(f"left out: {group}")
+    if not chosen:
+        found = ", ".join(sorted({g.preset for g in groups})) or "none at all"
+        raise CannotDraw(f"no finished run with --preset {preset} {shown(options.where)}(found: {found})")
+    if not quiet:
+        for group in chosen.values():
+            print(f"drawn: {group}")
+    return chosen, preset
+
+
+def align(group: Group) -> tuple[np.ndarray, np.ndarray]:
+    """A group's curves on one grid: steps (S,) and returns (K, S) by seed, linear between evaluations.
+
+    The grid is every step at which a seed was evaluated, from where all have begun to where the first ends.
+    """
+    curves = [group.curves[seed] for seed in sorted(group.curves)]
+    low, high = max(c.steps[0] for c in curves), min(c.steps[-1] for c in curves)
+    steps = np.unique(np.concatenate([c.steps for c in curves]))
+    steps = steps[(steps >= low) & (steps <= high)]
+    return steps, np.stack([np.interp(steps, c.steps, c.returns) for c in curves])
+
+
+def final_returns(group: Group) -> np.ndarray:
+    """Every seed's return at the last step that all have (K,), in the order of their seeds."""
+    return align(group)[1][:, -1]
+
+
+def mean_std(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over seeds (the first axis), n - 1 in the variance; NaN for one seed."""
+    std = returns.std(0, ddof=1) if len(returns) > 1 else np.full(returns.shape[1:], np.nan)
+    return returns.mean(0), std
+
+
+def command(draw: Callable[..., list[Path]]) -> int:
+    """A module's command line: arguments from its `draw`, exit status 1 if the logs do not allow it."""
+    try:
+        for file in tyro.cli(draw, config=(tyro.conf.OmitArgPrefixes,)):
+            print(f"wrote {file}")
+    except CannotDraw as error:
+        print(f"cannot draw: {error}", file=sys.stderr)
+        return 1
+    return 0
