@@ -1,9 +1,9 @@
-"""What holds over tasks: interquartile mean and probability of improvement, with stratified bootstrap intervals.
+"""What holds over tasks: interquartile mean and probability of improvement, with bootstrap intervals.
 
     python -m plotting.aggregate --runs results runs --out figures
 
-Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021), by their library,
-rliable. The paper has no such figure; with five seeds a task, mean and std say less than it seems.
+Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021), by their
+library, rliable. The paper has no such figure; with five seeds a task, mean and std say less than it seems.
 """
 
 import sys
@@ -88,7 +88,9 @@ def draw(options: runs.Options, reps: int = 2000) -> list[Path]:
     style.finish(figure, [], text)
     lines = [text]
     for method in iqm:
-        line = f"{style.label(method):12s} IQM {iqm[method][0]:.1f} [{iqm[method][1]:.1f}, {iqm[method][2]:.1f}]"
+        line = (
+            f"{style.label(method):12s} IQM {iqm[method][0]:.1f} [{iqm[method][1]:.1f}, {iqm[method][2]:.1f}]"
+        )
         if method in better:
             p, low, high = better[method]
             line += f"   P(better than {METHODS[BASELINE]}) {p:.2f} [{low:.2f}, {high:.2f}]"

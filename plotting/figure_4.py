@@ -1,6 +1,6 @@
 """Figure 4: learning curves, a panel a task, five methods, mean and one std over seeds.
 
-    python -m plotting.figure_4 --runs results runs --out figures
+python -m plotting.figure_4 --runs results runs --out figures
 """
 
 import sys
@@ -13,8 +13,8 @@ from plotting.paper import TOTAL_TIMESTEPS, reported
 def draw(options: runs.Options) -> list[Path]:
     """Draws Figure 4: return of the evaluation policy against environment steps, unsmoothed.
 
-    The paper smooths (Gaussian, sigma 100). Where runs have the paper's length, its final returns (Table 1) stand
-    right of the curves. Raises CannotDraw if no run is to be drawn.
+    The paper smooths (Gaussian, sigma 100). Where runs have the paper's length, its final returns (Table 1)
+    stand right of the curves. Raises CannotDraw if no run is to be drawn.
     """
     groups, preset = runs.select(options)
     tasks = list(dict.fromkeys(task for _, task in groups))

@@ -1,9 +1,9 @@
 """Figure 5: how much latent regularisation GoRL needs: a sweep of beta (Eq. 3) on CheetahRun.
 
-    for beta in 0 1e-4 5e-4 1e-3 5e-3 1e-2 5e-2 1e-1; do
-        python gorl_fm_ppo.py --env-id CheetahRun --num-seeds 5 --kl-coef $beta
-    done
-    python -m plotting.figure_5
+for beta in 0 1e-4 5e-4 1e-3 5e-3 1e-2 5e-2 1e-1; do
+    python gorl_fm_ppo.py --env-id CheetahRun --num-seeds 5 --kl-coef $beta
+done
+python -m plotting.figure_5
 """
 
 import sys
@@ -33,7 +33,9 @@ def sweep(options: runs.Options, method: str, env_id: str) -> tuple[dict[float, 
             found[beta[0]] = group
     if len(found) < 2:
         have = f"only beta {', '.join(map(str, found))}" if found else "none"
-        raise runs.CannotDraw(f"a sweep needs runs of {method}.py on {env_id} with two values of --kl-coef: {have}")
+        raise runs.CannotDraw(
+            f"a sweep needs runs of {method}.py on {env_id} with two values of --kl-coef: {have}"
+        )
     return dict(sorted(found.items())), preset
 
 
@@ -52,7 +54,9 @@ def draw(
         style.band(left, steps, *runs.mean_std(returns), label=f"$\\beta$ = {beta:g}", color=colour)
     ends = [runs.mean_std(runs.final_returns(group)) for group in groups.values()]
     at = np.arange(len(groups))
-    right.errorbar(at, [e[0] for e in ends], [e[1] for e in ends], color="#333333", fmt="none", elinewidth=0.8)
+    right.errorbar(
+        at, [e[0] for e in ends], [e[1] for e in ends], color="#333333", fmt="none", elinewidth=0.8
+    )
     right.scatter(at, [e[0] for e in ends], color=colours, s=18, zorder=3)
     right.set_xticks(at, [f"{beta:g}" for beta in groups])
     right.set(xlabel=r"$\beta$", ylabel="final return", ylim=(0, None))

@@ -1,9 +1,9 @@
 """Figure 6: the encoder trained anew on each frozen decoder of a GoRL run, stage by stage.
 
-    for stage in 0 1 2 3; do
-        python gorl_fm_ppo.py --env-id HopperStand --num-seeds 5 --decoder-from RUN_DIR:$stage
-    done
-    python -m plotting.figure_6
+for stage in 0 1 2 3; do
+    python gorl_fm_ppo.py --env-id HopperStand --num-seeds 5 --decoder-from RUN_DIR:$stage
+done
+python -m plotting.figure_6
 """
 
 import sys
@@ -17,17 +17,19 @@ from plotting.paper import STAGE_TASKS, TASKS
 
 
 def by_stage(options: runs.Options, method: str) -> tuple[dict[str, dict[int, runs.Group]], str]:
-    """Runs on a frozen decoder, by task and the decoder's stage, and their preset; CannotDraw if there is none.
+    """Runs on a frozen decoder, by task and decoder's stage, and their preset; CannotDraw if there is none.
 
-    Beside the decoder they may differ from the preset in length alone; of several lengths of a task, the one
-    with the most stages is drawn, or the longest of those.
+    Beside the decoder they may differ from the preset in length alone; of several lengths of a task, the
+    one with the most stages is drawn, or the longest of those.
     """
     groups = runs.load(options.runs, options.unfinished)
     lengths = {"total_timesteps", "stage_timesteps"}
     mine = [
         g
         for g in groups
-        if g.method == method and "decoder_from" in g.settings and set(g.settings) <= {"decoder_from"} | lengths
+        if g.method == method
+        and "decoder_from" in g.settings
+        and set(g.settings) <= {"decoder_from"} | lengths
     ]
     presets = {g.preset for g in mine}
     preset = options.preset if options.preset != "auto" else "paper" if "paper" in presets else "cpu"
@@ -36,7 +38,9 @@ def by_stage(options: runs.Options, method: str) -> tuple[dict[str, dict[int, ru
         if g.preset == preset:
             found.setdefault(g.task, {}).setdefault(g.total, {})[g.settings["decoder_from"]] = g
     if not found:
-        raise runs.CannotDraw(f"no finished run of {method}.py on a frozen decoder (--decoder-from RUN_DIR:STAGE)")
+        raise runs.CannotDraw(
+            f"no finished run of {method}.py on a frozen decoder (--decoder-from RUN_DIR:STAGE)"
+        )
     best = {}
     for task in sorted(found, key=[*TASKS, *found].index):
         total = max(found[task], key=lambda total: (len(found[task][total]), total))

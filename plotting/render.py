@@ -28,11 +28,16 @@ def pick_backend() -> str:
     asked = os.environ.get("MUJOCO_GL")
     for backend in [asked] if asked else ["egl", "osmesa"]:
         environment = os.environ | {"MUJOCO_GL": backend}
-        if subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True).returncode == 0:
+        if (
+            subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True).returncode
+            == 0
+        ):
             os.environ["MUJOCO_GL"] = backend
             return backend
     tried = f"MUJOCO_GL={asked}" if asked else "EGL and OSMesa"
-    raise CannotDraw(f"no OpenGL without a display ({tried} tried): install libegl1 with a driver, or libosmesa6")
+    raise CannotDraw(
+        f"no OpenGL without a display ({tried} tried): install libegl1 with a driver, or libosmesa6"
+    )
 
 
 def frames(env_id: str, model: Any, states: dict[str, np.ndarray], height: int, width: int) -> Any:

@@ -1,7 +1,7 @@
 """Run directories, in one place: what is there, what is whole, what belongs together, on which steps.
 
-A run is a folder with the `args.json` and `eval.csv` of a script. Runs belong together (a `Group`) if they agree
-in method, task, preset and every argument that matters to training; seeds and commits may differ.
+A run is a folder with the `args.json` and `eval.csv` of a script. Runs belong together (a `Group`) if they
+agree in method, task, preset and every argument that matters to training; seeds and commits may differ.
 """
 
 import importlib
@@ -23,7 +23,17 @@ from plotting.paper import METHODS, TASKS
 ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
 
 # Arguments that do not change what is learned (or are told apart by other means).
-INCIDENTAL = {"env_id", "seed", "num_seeds", "seeds", "preset", "versions", "eval_every", "eval_envs", "resume"}
+INCIDENTAL = {
+    "env_id",
+    "seed",
+    "num_seeds",
+    "seeds",
+    "preset",
+    "versions",
+    "eval_every",
+    "eval_envs",
+    "resume",
+}
 INCIDENTAL |= {"runs_dir", "exp_name", "track", "wandb_project_name", "wandb_entity", "checkpoint_minutes"}
 
 
@@ -176,7 +186,7 @@ def read_run(run: Path, unfinished: bool = False) -> tuple[dict[str, Any], dict[
 
 
 def find(paths: tuple[Path, ...]) -> list[Path]:
-    """Run directories in or under these folders, by name. A missing folder ends the program, exit status 2."""
+    """Run directories in or under these folders, by name. A missing folder ends the program, status 2."""
     for path in paths:
         if not path.is_dir() and paths != Options.runs:
             wrong("--runs", path, "run directories, or folders that hold some")
@@ -209,7 +219,9 @@ def load(paths: tuple[Path, ...], unfinished: bool = False) -> tuple[Group, ...]
             first = group.curves.setdefault(seed, curve)
             if first is not curve:
                 same = all(map(np.array_equal, first[:2], curve[:2]))
-                print(f"skipped seed {seed} of {run}: {'a copy of' if same else 'there is already'} {first.run}")
+                print(
+                    f"skipped seed {seed} of {run}: {'a copy of' if same else 'there is already'} {first.run}"
+                )
     return tuple(groups[key] for key in sorted(groups))
 
 

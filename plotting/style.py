@@ -84,6 +84,11 @@ def panels(count: int, height: float = 1.7) -> tuple[Figure, list[Axes]]:
     return figure, list(axes.flat[:count])
 
 
+def grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A figure of small panels (rows, columns), as wide as a page."""
+    return plt.subplots(rows, columns, figsize=(WIDTH, 0.75 + 0.95 * rows), squeeze=False)
+
+
 def note(counts: set[int], total: int, preset: str, paper: int = TOTAL_TIMESTEPS) -> str:
     """The line over a figure: what its bands are, how many seeds and steps, and where the paper has more."""
     n = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"

@@ -64,9 +64,17 @@ def rows(found: dict[tuple[str, str], dict], kind: str) -> tuple[list[str], list
         name = METHODS.get(method, method)
         name = name.replace("_", "\\_") if kind == "tex" else name
         table += [
-            [name, "ours", *(pair(c.get("ours"), 1, method in ours[t]) for c, t in zip(mine, tasks, strict=True))],
+            [
+                name,
+                "ours",
+                *(pair(c.get("ours"), 1, method in ours[t]) for c, t in zip(mine, tasks, strict=True)),
+            ],
             ["", "paper", *(pair(reported(method, t), 2, method in papers[t]) for t in tasks)],
-            ["", "ours - paper", *("-" if c.get("difference") is None else f"{c['difference']:+.1f}" for c in mine)],
+            [
+                "",
+                "ours - paper",
+                *("-" if c.get("difference") is None else f"{c['difference']:+.1f}" for c in mine),
+            ],
             ["", "seeds x steps", *(f"{c['seeds']} x {c['steps'] / 1e6:.4g}M" if c else "-" for c in mine)],
         ]
     return ["", "", *tasks], table
@@ -74,13 +82,15 @@ def rows(found: dict[tuple[str, str], dict], kind: str) -> tuple[list[str], list
 
 def notes(found: dict[tuple[str, str], dict], preset: str) -> list[str]:
     """What a reader of the table has to know: one sentence each."""
-    lines = ["Final return of the evaluation policy (the last, not the best), mean and std (n - 1) over seeds."]
+    lines = [
+        "Final return of the evaluation policy (the last, not the best), mean and std (n - 1) over seeds."
+    ]
     if min(c["seeds"] for c in found.values()) < SEEDS:
         lines.append(f"Fewer seeds than the paper's {SEEDS}: see 'seeds x steps'.")
     if min(c["steps"] for c in found.values()) < 0.99 * TOTAL_TIMESTEPS:
         lines.append(
-            f"Ours are runs with --preset {preset}, the paper's have {TOTAL_TIMESTEPS / 1e6:g}M steps: where 'seeds x "
-            "steps' shows fewer, the difference says nothing about whether the paper reproduces."
+            f"Ours are runs with --preset {preset}, the paper's have {TOTAL_TIMESTEPS / 1e6:g}M steps: where "
+            "'seeds x steps' shows fewer, the difference says nothing about whether the paper reproduces."
         )
     return lines
 

@@ -1,0 +1,76 @@
+"""Evaluates a saved policy.
+
+python -m plotting.evaluate runs/HopperStand__gorl_fm_ppo__1__1795398135 --episodes 512 --stochastic
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from plotting import policies, runs
+
+
+def evaluate(
+    run_dir: Annotated[Path, tyro.conf.Positional],
+    step: int | None = None,
+    seed: int | None = None,
+    episodes: int = 128,
+    stochastic: bool = False,
+    env_seed: int | None = None,
+    out: Path | None = None,
+) -> list[Path]:
+    """Returns of a saved policy over fresh episodes: printed, and added as a row to RUN_DIR/evaluations.csv.
+
+    Args:
+        run_dir: A run directory with checkpoints/policy_<step>.npz.
+        step: Which policy; default: the last.
+        seed: Which seed's policy; default: the run's first.
+        episodes: How many episodes, in parallel.
+        stochastic: Sample latents and actions, as in training; default: the evaluation policy.
+        env_seed: Initial states and noise; default: the policy's seed, which with the run's --eval-envs
+            episodes gives eval.csv's row again.
+        out: The CSV file to add to.
+    """
+    if episodes < 1:
+        runs.wrong("--episodes", episodes, "a number above 0")
+    if not 0 <= (env_seed or 0) < 2**31:
+        runs.wrong("--env-seed", env_seed, "a number from 0 to 2147483647")
+    try:
+        script, args, policy, step, seed = policies.open_policy(run_dir, step, seed)
+    except ValueError as error:
+        runs.wrong("RUN_DIR, --step, --seed", f"{run_dir} ({error})", "a run with such a policy")
+    env_seed = seed if env_seed is None else env_seed
+    print(
+        f"{script.__name__}, {args.env_id}, step {step:,}, seed {seed}, environment seed {env_seed}: running"
+    )
+    returns, _ = policies.evaluate(script, args, policy, step, env_seed, episodes, not stochastic)
+    middle = np.sort(returns)[episodes // 4 : episodes - episodes // 4]
+    row = {
+        "seed": seed,
+        "step": step,
+        "deterministic": int(not stochastic),
+        "env_seed": env_seed,
+        "episodes": episodes,
+        "return_mean": returns.mean(),
+        "return_std": returns.std(),
+        "return_min": returns.min(),
+        "return_max": returns.max(),
+        "return_iqm": middle.mean(),
+    }
+    print(", ".join(f"{k.removeprefix('return_')} {v:.1f}" for k, v in row.items() if k.startswith("return")))
+    print(f"standard error of the mean {returns.std() / np.sqrt(episodes):.2g}")
+    file = out or run_dir / "evaluations.csv"
+    new = not file.exists()
+    try:
+        with file.open("a") as rows:
+            rows.write((",".join(row) + "\n") * new + ",".join(f"{v:.7g}" for v in row.values()) + "\n")
+    except OSError as error:
+        runs.wrong("--out", f"{file} ({error.strerror})", "a file that can be written")
+    return [file]
+
+
+if __name__ == "__main__":
+    sys.exit(runs.command(evaluate))

@@ -1,0 +1,171 @@
+"""Figure 1: a Gaussian policy and a flow policy where two actions are equally good, computed.
+
+    python -m plotting.figure_1 --out figures
+
+A task with one state, one action and a reward with two equal peaks. Left, the paper's statement: the best
+policy of a temperature above 0 has two peaks; the Gaussian closest to it (maximum likelihood) covers both and
+the gap between them; the flow that GoRL's decoder training (gorl_fm_ppo.py's `decoder_epoch`) makes of the
+same samples does not. Right, where reinforcement learning itself arrives: the scripts, unchanged, on the reward.
+"""
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from plotting import policies, runs, style
+from plotting.figure_7 import bimodality, kernel_density
+
+PEAK, WIDTH, TEMPERATURE = 1.5, 0.35, 0.2  # where in u the reward's peaks are, how wide; of the best policy
+METHODS = ("ppo_gaussian", "fpo", "gorl_fm_ppo")
+SIZES = {"num_envs": 128, "unroll_length": 4, "batch_size": 64, "num_minibatches": 2, "update_epochs": 4}
+
+
+def reward(u: Any) -> Any:
+    """Two equal peaks of height 1 in u."""
+    import jax.numpy as jnp
+
+    return jnp.exp(-0.5 * jnp.square((jnp.abs(u) - PEAK) / WIDTH))
+
+
+def best_policy(x: np.ndarray) -> np.ndarray:
+    """Density (m,) on an even grid x (m,): exp(reward / temperature), normalised, on |u| <= 4."""
+    density = np.exp(np.asarray(reward(x), float) / TEMPERATURE) * (np.abs(x) <= 4)
+    return density / (density.sum() * (x[1] - x[0]))
+
+
+def two_peaks() -> Any:
+    """The task, with what the scripts use of Playground's interface."""
+    import jax
+    import jax.numpy as jnp
+    from flax import struct
+
+    @struct.dataclass
+    class State:
+        data: Any
+        obs: jax.Array
+        reward: jax.Array
+        done: jax.Array
+
+    class TwoPeaks:
+        observation_size, action_size = 1, 1
+
+        def reset(self, key: jax.Array) -> State:
+            return State(jnp.zeros(1), jnp.zeros(1), jnp.zeros(()), jnp.zeros(()))
+
+        def step(self, state: State, action: jax.Array) -> State:
+            u = jnp.arctanh(jnp.clip(action[0], -0.999999, 0.999999))
+            return state.replace(reward=reward(u))
+
+    return TwoPeaks()
+
+
+def fitted_flow(samples: np.ndarray, draws: int) -> np.ndarray:
+    """u (draws,) of a flow trained on samples (n,) by gorl_fm_ppo.py's decoder training."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    script = runs.script_of("gorl_fm_ppo")
+    args = replace(script.Args(), decoder_batch_size=1024, decoder_learning_rate=1e-3)
+    key = jax.random.PRNGKey(0)
+    decoder = script.init_agent(args, 1, 1, key).decoder
+    opt = optax.adam(args.decoder_learning_rate).init(decoder["net"])
+    ring = {"obs": jnp.zeros((len(samples), 1, 1)), "u": jnp.asarray(samples, jnp.float32)[:, None, None]}
+    epoch = jax.jit(
+        lambda decoder, opt, i: script.decoder_epoch(args, len(samples), decoder, opt, ring, key, i)
+    )
+    for i in range(20):
+        decoder, opt, _ = epoch(decoder, opt, i)
+    latent = jax.random.normal(jax.random.PRNGKey(1), (draws, 1))
+    return np.asarray(script.decode(args, decoder, jnp.zeros((draws, 1)), latent))[:, 0]
+
+
+def trained(script: ModuleType, iterations: int, seeds: int, draws: int) -> np.ndarray:
+    """u (seeds, draws) of a script's stochastic policies after training on the task."""
+    import jax
+
+    steps = iterations * SIZES["batch_size"] * SIZES["num_minibatches"] * SIZES["unroll_length"]
+    # The next state is always the same one: what counts is this step's reward.
+    changes = SIZES | {"num_seeds": seeds, "total_timesteps": steps, "eval_every": steps, "gamma": 0.0}
+    if hasattr(script, "decode"):
+        stages = {"stage_timesteps": tuple(runs.default_stages(steps)), "decoder_epochs": 20}
+        changes |= stages | {"decoder_batch_size": 1024, "decoder_buffer_size": 65_536}
+    args, make_env = replace(script.Args(), **changes), script.make_env
+    script.make_env = lambda args: two_peaks()
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            (Path(folder) / "checkpoints").mkdir()
+            script.train(args, Path(folder), [], bool)
+            seeds = range(args.seed, args.seed + seeds)
+            each = [script.load_policy(folder, seed=seed) for seed in seeds]
+            obs = np.zeros((draws, 1), np.float32)
+            return np.stack([policy(obs, jax.random.PRNGKey(0))[:, 0] for policy in each])
+    finally:
+        script.make_env = make_env
+
+
+def draw(options: runs.Options, iterations: int = 240, seeds: int = 3, draws: int = 10_000) -> list[Path]:
+    """Trains and draws Figure 1 (about a minute on a CPU); numbers go to figure_1.json.
+
+    Args:
+        iterations: Training iterations on the right, of 512 steps each.
+        seeds: On the right, a line each.
+        draws: Actions that each density is made of.
+    """
+    if min(iterations, seeds) < 1 or draws < 100 or iterations % 6:
+        got = f"{iterations}, {seeds}, {draws}"
+        runs.wrong("--iterations, --seeds, --draws", got, "a multiple of 6, at least 1, at least 100")
+    policies.prepare_jax()
+    x = np.linspace(-4, 4, 801)
+    best = best_policy(x)
+    samples = np.random.default_rng(0).choice(x, 32_768, p=best / best.sum())
+    flow, gaussian = (
+        fitted_flow(samples, draws),
+        np.random.default_rng(1).normal(samples.mean(), samples.std(), draws),
+    )
+    figure, (left, right) = style.panels(2, height=1.9)
+    record: dict[str, Any] = {
+        "reward_peaks": [-PEAK, PEAK],
+        "reward_width": WIDTH,
+        "temperature": TEMPERATURE,
+    }
+
+    def add(panel: Any, method: str, name: str, u: np.ndarray, only: bool = True) -> None:
+        gain, dip = bimodality(u[:, None])
+        got = {
+            "mean_reward": float(np.mean(reward(u))),
+            "between_peaks": float((np.abs(u) < PEAK / 2).mean()),
+        }
+        record.setdefault(name, []).append(got | {"gain": gain, "dip": dip})
+        panel.plot(x, kernel_density(u, x), label=name if only else None, linewidth=1.1, **style.line(method))
+        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in record[name][-1].items()))
+
+    for panel in (left, right):
+        panel.fill_between(
+            x, best, color="#56B4E9", alpha=0.35, linewidth=0, label="best policy, exp(reward / 0.2)"
+        )
+        panel.set(xlabel="u", yticks=[], ylabel="density", xlim=(-4, 4))
+        panel.grid(visible=False)
+    add(left, "ppo_gaussian", "closest Gaussian", gaussian)
+    add(left, "gorl_fm_ppo", "flow, by GoRL(FM)'s decoder training", flow)
+    left.set_title("fitted to the best policy's actions")
+    for method in METHODS:
+        for i, u in enumerate(trained(runs.script_of(method), iterations, seeds, draws)):
+            add(right, method, f"{style.label(method)}, trained", u, i == 0)
+    right.set(title=f"trained on the reward, {seeds} seeds", ylim=left.get_ylim())
+    style.finish(figure, [left, right], "one state, one action, a reward with two equal peaks", columns=3)
+    files = style.save(figure, options.out, "figure_1")
+    (file := options.out / "figure_1.json").write_text(json.dumps(record, indent=1))
+    return [*files, file]
+
+
+if __name__ == "__main__":
+    sys.exit(runs.command(draw))

@@ -1,0 +1,74 @@
+"""Renders an episode of a saved policy, without a display.
+
+python -m plotting.video runs/HopperStand__gorl_fm_ppo__1__1795398135
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from plotting import policies, render, runs
+
+
+def video(
+    run_dir: Annotated[Path, tyro.conf.Positional],
+    step: int | None = None,
+    seed: int | None = None,
+    stochastic: bool = False,
+    env_seed: int | None = None,
+    height: int = 480,
+    width: int = 640,
+    out: Path | None = None,
+) -> list[Path]:
+    """An episode of a saved policy as an MP4 (H.264), in real time, at most 50 frames a second.
+
+    Args:
+        run_dir: A run directory with checkpoints/policy_<step>.npz.
+        step: Which policy; default: the last.
+        seed: Which seed's policy; default: the run's first.
+        stochastic: Sample latents and actions, as in training; default: the evaluation policy.
+        env_seed: Initial state and noise; default: the policy's seed.
+        height: Of the picture, an even number of pixels.
+        width: Likewise.
+        out: The file; default: RUN_DIR/video_<step>_seed_<seed>.mp4.
+    """
+    for name, pixels in (("--height", height), ("--width", width)):
+        if pixels < 16 or pixels % 2:
+            runs.wrong(name, pixels, "an even number of pixels, at least 16 (H.264 takes no odd one)")
+    if not 0 <= (env_seed or 0) < 2**31:
+        runs.wrong("--env-seed", env_seed, "a number from 0 to 2147483647")
+    print(f"rendering with {render.pick_backend()}")
+    try:
+        script, args, policy, step, seed = policies.open_policy(run_dir, step, seed)
+    except ValueError as error:
+        runs.wrong("RUN_DIR, --step, --seed", f"{run_dir} ({error})", "a run with such a policy")
+    import imageio_ffmpeg  # brings an ffmpeg; IMAGEIO_FFMPEG_EXE names another
+
+    env_seed = seed if env_seed is None else env_seed
+    file = out or run_dir / f"video_{step}_seed_{seed}.mp4"
+    if not file.parent.is_dir() or file.suffix != ".mp4":
+        runs.wrong("--out", file, "a file .mp4 in a folder that is there")
+    print(
+        f"{script.__name__}, {args.env_id}, step {step:,}, seed {seed}, environment seed {env_seed}: running"
+    )
+    returns, seen = policies.evaluate(script, args, policy, step, env_seed, 1, not stochastic, record=True)
+    env, states = script.make_env(args), {k: v for k, v in seen.items() if k != "reward"}
+    every = max(1, round(1 / (50 * env.dt)))  # control steps a frame
+    aside = file.with_name(f"unfinished_{file.name}")
+    writer = imageio_ffmpeg.write_frames(
+        str(aside), (width, height), fps=1 / (env.dt * every), codec="libx264", quality=7, macro_block_size=2
+    )
+    writer.send(None)
+    states = {name: values[::every] for name, values in states.items()}
+    for picture in render.frames(args.env_id, env.mj_model, states, height, width):
+        writer.send(picture.tobytes())
+    writer.close()
+    aside.replace(file)
+    print(f"return {returns[0]:.1f}, {len(states['qpos'])} frames")
+    return [file]
+
+
+if __name__ == "__main__":
+    sys.exit(runs.command(video))
