@@ -3,6 +3,7 @@
 python -m plotting.evaluate runs/HopperStand__gorl_fm_ppo__1__1795398135 --episodes 512 --stochastic
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -42,7 +43,9 @@ def evaluate(
         script, args, policy, step, seed = policies.open_policy(run_dir, step, seed)
     except ValueError as error:
         runs.wrong("RUN_DIR, --step, --seed", f"{run_dir} ({error})", "a run with such a policy")
-    env_seed = seed if env_seed is None else env_seed
+    env_seed, file = seed if env_seed is None else env_seed, out or run_dir / "evaluations.csv"
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        runs.wrong("--out", file, "a file that can be written, in a folder that is there")
     print(
         f"{script.__name__}, {args.env_id}, step {step:,}, seed {seed}, environment seed {env_seed}: running"
     )
@@ -62,13 +65,9 @@ def evaluate(
     }
     print(", ".join(f"{k.removeprefix('return_')} {v:.1f}" for k, v in row.items() if k.startswith("return")))
     print(f"standard error of the mean {returns.std() / np.sqrt(episodes):.2g}")
-    file = out or run_dir / "evaluations.csv"
-    new = not file.exists()
-    try:
-        with file.open("a") as rows:
-            rows.write((",".join(row) + "\n") * new + ",".join(f"{v:.7g}" for v in row.values()) + "\n")
-    except OSError as error:
-        runs.wrong("--out", f"{file} ({error.strerror})", "a file that can be written")
+    with file.open("a") as rows:
+        header = "" if file.stat().st_size else ",".join(row) + "\n"
+        rows.write(header + ",".join(f"{v:.7g}" for v in row.values()) + "\n")
     return [file]
 
 

@@ -5,7 +5,7 @@
 A task with one state, one action and a reward with two equal peaks. Left, the paper's statement: the best
 policy of a temperature above 0 has two peaks; the Gaussian closest to it (maximum likelihood) covers both and
 the gap between them; the flow that GoRL's decoder training (gorl_fm_ppo.py's `decoder_epoch`) makes of the
-same samples does not. Right, where reinforcement learning itself arrives: the scripts, unchanged, on the reward.
+same samples does not. Right, where reinforcement learning itself arrives: the scripts, trained on the reward.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ import numpy as np
 from plotting import policies, runs, style
 from plotting.figure_7 import bimodality, kernel_density
 
-PEAK, WIDTH, TEMPERATURE = 1.5, 0.35, 0.2  # where in u the reward's peaks are, how wide; of the best policy
+PEAK, WIDTH, TEMPERATURE = 1.2, 0.5, 0.2  # where in u the reward's peaks are, how wide; of the best policy
 METHODS = ("ppo_gaussian", "fpo", "gorl_fm_ppo")
-SIZES = {"num_envs": 128, "unroll_length": 4, "batch_size": 64, "num_minibatches": 2, "update_epochs": 4}
+SIZES = {"num_envs": 512, "unroll_length": 2, "batch_size": 256, "num_minibatches": 4, "update_epochs": 2}
 
 
 def reward(u: Any) -> Any:
@@ -96,8 +96,8 @@ def trained(script: ModuleType, iterations: int, seeds: int, draws: int) -> np.n
     # The next state is always the same one: what counts is this step's reward.
     changes = SIZES | {"num_seeds": seeds, "total_timesteps": steps, "eval_every": steps, "gamma": 0.0}
     if hasattr(script, "decode"):
-        stages = {"stage_timesteps": tuple(runs.default_stages(steps)), "decoder_epochs": 20}
-        changes |= stages | {"decoder_batch_size": 1024, "decoder_buffer_size": 65_536}
+        stages = {"stage_timesteps": tuple(runs.default_stages(steps)), "decoder_epochs": 10}
+        changes |= stages | {"decoder_batch_size": 256, "decoder_buffer_size": 16_384}
     args, make_env = replace(script.Args(), **changes), script.make_env
     script.make_env = lambda args: two_peaks()
     try:
@@ -112,11 +112,11 @@ def trained(script: ModuleType, iterations: int, seeds: int, draws: int) -> np.n
         script.make_env = make_env
 
 
-def draw(options: runs.Options, iterations: int = 240, seeds: int = 3, draws: int = 10_000) -> list[Path]:
-    """Trains and draws Figure 1 (about a minute on a CPU); numbers go to figure_1.json.
+def draw(options: runs.Options, iterations: int = 96, seeds: int = 3, draws: int = 10_000) -> list[Path]:
+    """Trains and draws Figure 1 (some minutes on a CPU); numbers go to figure_1.json.
 
     Args:
-        iterations: Training iterations on the right, of 512 steps each.
+        iterations: Training iterations on the right, of 2048 steps each.
         seeds: On the right, a line each.
         draws: Actions that each density is made of.
     """

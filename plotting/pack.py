@@ -98,7 +98,7 @@ def add_row(readme: Path, about: dict[str, str]) -> None:
     """Adds a row below the last one of the README's table of runs; makes table and file if need be."""
     row = "| " + " | ".join(about[column] for column in COLUMNS) + " |"
     head = "| " + " | ".join(COLUMNS) + " |"
-    lines = readme.read_text().splitlines() if readme.exists() else ["# Logs of real runs", ""]
+    lines = readme.read_text().splitlines() if readme.exists() else ["# Logs of real runs"]
     if head not in lines:
         lines += ["", head, "| " + " | ".join("---" for _ in COLUMNS) + " |"]
     at = lines.index(head)

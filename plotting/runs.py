@@ -148,8 +148,8 @@ def read_args(run: Path) -> dict[str, Any]:
 def read_table(file: Path) -> dict[str, np.ndarray]:
     """A CSV file of a run, a column (rows,) a name; ValueError if it has a bad or missing row."""
     try:
-        header, *_ = file.read_text().splitlines() or [""]
-        table = np.loadtxt(file, delimiter=",", skiprows=1, ndmin=2)
+        header, *rows = file.read_text().splitlines() or [""]
+        table = np.loadtxt(rows, delimiter=",", ndmin=2) if rows else np.empty((0, 0))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{file.name} is damaged or missing ({reason})") from None

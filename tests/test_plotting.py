@@ -1,0 +1,627 @@
+"""Logs to figures and tables: what is read, what is left out, and that the numbers are those of the logs."""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from conftest import GORL, SCRIPTS, name_of
+from fake_runs import write_run
+from scipy import stats
+
+from plotting import aggregate, figure_4, figure_5, figure_6, figure_7, pack, paper, runs, style, table_1
+from plotting import all as everything
+
+RESULTS = runs.ROOT / "results"
+
+
+def rising(end, spread=0.0):
+    """Returns that rise linearly to `end` + spread * seed, whatever the step grid."""
+    return lambda seed, steps: (end + spread * seed) * steps / steps[-1]
+
+
+def options(folder, **changes):
+    return runs.Options(runs=(Path(folder),), out=Path(folder) / "out", **changes)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures that are saved, kept open to look at."""
+    kept = []
+    monkeypatch.setattr(style, "save", lambda figure, out, name: kept.append(figure) or [out / f"{name}.png"])
+    runs.load.cache_clear()
+    yield kept
+    plt.close("all")
+    runs.load.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache():
+    runs.load.cache_clear()
+
+
+# --- the paper's numbers
+
+
+def test_the_papers_table():
+    """Otherwise ours is compared with numbers that the paper does not have."""
+    bold = {task: max(paper.METHODS, key=lambda m: paper.reported(m, task)[0]) for task in paper.TASKS}
+    diff, fm = "gorl_diff_ppo", "gorl_fm_ppo"  # the bold entries of the paper's Table 1
+    assert list(bold.values()) == [diff, fm, diff, fm, diff, fm]
+    assert all(len(row) == len(paper.TASKS) for row in paper.TABLE_1.values())
+    assert sum(mean for row in paper.TABLE_1.values() for mean, _ in row) == pytest.approx(17538.02)
+    assert sum(std for row in paper.TABLE_1.values() for _, std in row) == pytest.approx(2605.96)
+
+
+def test_methods_are_the_scripts():
+    """Otherwise a method is drawn under another's name, or two in one colour."""
+    assert set(paper.METHODS) == {script.__name__ for script in SCRIPTS} == set(style.COLOURS)
+    assert len(set(style.COLOURS.values())) == 5
+
+
+# --- loading
+
+
+def test_seeds_are_collected_and_settings_kept_apart(tmp_path, capsys):
+    """Otherwise runs of different arguments are averaged, or seeds of the same are not."""
+    write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100, 1), seeds=(1, 2))
+    write_run(tmp_path / "deep/er/b", "ppo_gaussian", "FishSwim", rising(100, 1), seeds=(3,), eval_envs=7)
+    write_run(tmp_path / "c", "ppo_gaussian", "FishSwim", rising(50), clip_eps=0.1)
+    write_run(tmp_path / "d", "ppo_gaussian", "HopperStand", rising(50))
+    write_run(tmp_path / "e", "ppo_gaussian", "FishSwim", rising(50), preset="cpu")
+    write_run(tmp_path / "f", "fpo", "FishSwim", rising(50))
+    groups = runs.load((tmp_path,))
+    got = {
+        (g.method, g.task, g.preset, runs.shown(list(g.settings.items()))): sorted(g.curves) for g in groups
+    }
+    assert got == {
+        ("ppo_gaussian", "FishSwim", "paper", ""): [1, 2, 3],
+        ("ppo_gaussian", "FishSwim", "paper", "clip_eps,0.1"): [1],
+        ("ppo_gaussian", "HopperStand", "paper", ""): [1],
+        ("ppo_gaussian", "FishSwim", "cpu", ""): [1],
+        ("fpo", "FishSwim", "paper", ""): [1],
+    }
+    chosen, preset = runs.select(options(tmp_path))
+    assert preset == "paper" and len(chosen) == 3
+    out = capsys.readouterr().out
+    assert "drawn: PPO, FishSwim: seeds 1, 2, 3, 180M steps" in out
+    assert "left out: PPO, FishSwim, clip_eps=0.1: seeds 1," in out
+    chosen, _ = runs.select(options(tmp_path, where=("clip-eps=0.1",)))
+    assert chosen["ppo_gaussian", "FishSwim"].settings == {"clip_eps": 0.1}
+    assert runs.select(options(tmp_path, preset="cpu"))[0].keys() == {("ppo_gaussian", "FishSwim")}
+
+
+def set_argument(name, value):
+    def change(run):
+        args = json.loads((run / "args.json").read_text())
+        (run / "args.json").write_text(json.dumps(args | {name: value}))
+
+    return change
+
+
+def edit(name, change):
+    return lambda run: (run / name).write_text(change((run / name).read_text()))
+
+
+MINIMAL = '{"env_id": "FishSwim", "seed": 1, "total_timesteps": 1}'
+DAMAGES = [
+    ("args.json is damaged", edit("args.json", lambda text: text[:100])),
+    ("args.json is damaged", lambda run: (run / "args.json").unlink()),
+    ("args.json is damaged", edit("args.json", lambda text: "[]")),
+    ("args.json is damaged", set_argument("total_timesteps", "many")),
+    ("args.json lacks 'versions'", edit("args.json", lambda text: MINIMAL)),
+    ("eval.csv is damaged", edit("eval.csv", lambda text: text + "1,2\n")),
+    ("eval.csv is damaged", edit("eval.csv", lambda text: text.replace("180", "1x0"))),
+    ("eval.csv is damaged", lambda run: (run / "eval.csv").write_bytes(b"\0\xff" * 50)),
+    ("eval.csv is damaged", lambda run: (run / "eval.csv").unlink()),
+    ("no rows", edit("eval.csv", lambda text: text.splitlines()[0] + "\n")),
+    ("no rows", edit("eval.csv", lambda text: "")),
+    ("lacks return_mean", edit("eval.csv", lambda text: text.replace("return_mean", "mean"))),
+    ("no row of seed 2", set_argument("num_seeds", 2)),
+    ("not finite", edit("eval.csv", lambda text: re.sub(r",0,[\d.e+]+,", ",0,nan,", text))),
+    ("out of order", edit("eval.csv", lambda text: text + text.splitlines()[-1] + "\n")),
+    ("is not finished: at step", edit("eval.csv", lambda text: text[: text[:-1].rindex("\n") + 1])),
+]
+
+
+@pytest.mark.parametrize(
+    ("reason", "damage"), DAMAGES, ids=[f"{i} {reason}" for i, (reason, _) in enumerate(DAMAGES)]
+)
+def test_damaged_runs_are_named_and_skipped(tmp_path, capsys, reason, damage):
+    """Otherwise a broken or half run is averaged in, or one of them stops every figure."""
+    write_run(tmp_path / "good", "ppo_gaussian", "FishSwim", rising(100))
+    write_run(tmp_path / "bad", "ppo_gaussian", "FishSwim", rising(500))
+    args = json.loads((tmp_path / "bad/args.json").read_text())
+    (tmp_path / "bad/args.json").write_text(json.dumps(args))
+    damage(tmp_path / "bad")
+    (group,) = runs.load((tmp_path,))
+    assert runs.final_returns(group) == pytest.approx([100])
+    out = capsys.readouterr().out
+    assert f"skipped {tmp_path / 'bad'}: " in out and reason in out and out.count("\n") == 1
+
+
+def test_a_seed_counts_once(tmp_path, capsys):
+    """Otherwise a packed copy of a run narrows the std."""
+    write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100, 1), seeds=(1, 2))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    write_run(tmp_path / "c", "ppo_gaussian", "FishSwim", rising(300), seeds=(2, 3))
+    (group,) = runs.load((tmp_path,))
+    assert runs.final_returns(group) == pytest.approx([101, 102, 300])
+    out = capsys.readouterr().out
+    assert f"skipped seed 1 of {tmp_path / 'b'}: a copy of {tmp_path / 'a'}" in out
+    assert f"skipped seed 2 of {tmp_path / 'c'}: there is already {tmp_path / 'a'}" in out
+
+
+def test_unfinished_runs_on_request(tmp_path):
+    """Otherwise a run cannot be looked at while it runs; or its seeds end at different steps."""
+    for seed, rows in ((1, 10), (2, 20)):
+        folder = tmp_path / str(seed)
+        write_run(folder, "ppo_gaussian", "FishSwim", rising(180), seeds=(seed,))
+        edit("eval.csv", lambda text, rows=rows: "\n".join(text.splitlines()[:rows]))(folder)
+    with pytest.raises(runs.CannotDraw):
+        runs.select(options(tmp_path))
+    (group,) = runs.select(options(tmp_path, unfinished=True))[0].values()
+    steps, returns = runs.align(group)
+    assert len(steps) == 9 and returns.shape == (2, 9)
+
+
+def test_align_interpolates(tmp_path):
+    """Otherwise rows are averaged that belong to different steps."""
+    write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100), seeds=(1,), every=50)
+    write_run(tmp_path / "b", "ppo_gaussian", "FishSwim", rising(300), seeds=(2,), every=7)
+    (group,) = runs.load((tmp_path,))
+    steps, returns = runs.align(group)
+    assert set(steps) == set(group.curves[1].steps) | set(group.curves[2].steps)
+    line = steps / steps[-1]
+    np.testing.assert_allclose(returns, [100 * line, 300 * line], rtol=1e-5)
+    mean, std = runs.mean_std(returns)
+    np.testing.assert_allclose(mean, 200 * line, rtol=1e-5)
+    np.testing.assert_allclose(std, 100 * np.sqrt(2) * line, rtol=1e-5)  # n - 1
+    assert np.isnan(runs.mean_std(returns[:1])[1]).all()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+@pytest.mark.parametrize("total", [180_000_000, 1_200_000, 50_000_000, 7_000_003])
+def test_budgets_are_the_scripts(script, total, monkeypatch):
+    """Otherwise finished runs are taken for unfinished ones, or the reverse."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--total-timesteps", str(total)])
+    args = script.parse_args()
+    if script in GORL:
+        assert runs.default_stages(total) == list(args.stage_timesteps)
+        end = script.stage_ends(args)[-1]
+    else:
+        end = script.iterations(args) if hasattr(script, "iterations") else None
+    size = args.batch_size * args.num_minibatches * args.unroll_length
+    assert end is None or runs.last_step(asdict(args)) == end * size
+
+
+def test_unknown_scripts_do_not_stop_anything(tmp_path, capsys):
+    """Otherwise the log of a program that is not here hides all others."""
+    write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    set_argument("versions", {"script": "../../evil.py"})(tmp_path / "b")
+    chosen, _ = runs.select(options(tmp_path))
+    assert set(chosen) == {("ppo_gaussian", "FishSwim")} and "left out: evil" in capsys.readouterr().out
+
+
+def test_missing_folders_are_an_error(tmp_path, capsys):
+    """Otherwise a mistyped path gives a figure without the runs that were meant."""
+    with pytest.raises(SystemExit) as error:
+        runs.find((tmp_path / "rnus",))
+    assert error.value.code == 2 and "--runs: got" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100))
+        runs.select(options(tmp_path, where=("clip_eps",)))
+    assert error.value.code == 2 and "--where: got clip_eps; takes" in capsys.readouterr().err
+
+
+# --- figures and tables
+
+
+def test_figure_4(tmp_path, figures):
+    """Otherwise a panel lacks a curve, a curve is another method's, or a legend hides data."""
+    for i, method in enumerate(paper.METHODS):
+        for j, task in enumerate(("CheetahRun", "HopperStand")):
+            end = 100 * (i + 1) + 10 * j
+            write_run(tmp_path / f"{method}{task}", method, task, rising(end, 1), seeds=(1, 2, 3))
+    figure_4.draw(options(tmp_path))
+    (figure,) = figures
+    assert [axes.get_title() for axes in figure.axes] == ["CheetahRun", "HopperStand"]
+    for j, axes in enumerate(figure.axes):
+        curves = {line.get_label(): line for line in axes.get_lines()}
+        for i, (method, name) in enumerate(paper.METHODS.items()):
+            x, y = curves[name].get_data()
+            assert curves[name].get_color() == style.COLOURS[method]
+            assert (x[0], y[0]) == (0, 0) and x[-1] == pytest.approx(179.9, abs=0.1)
+            assert y[-1] == pytest.approx(100 * (i + 1) + 10 * j + 2)
+        bands = [band.get_paths()[0].get_extents().y1 for band in axes.collections[: 2 * 5 : 2]]
+        assert max(bands) > 0
+        refined = [line.get_xdata()[0] for line in axes.get_lines() if line.get_label().startswith("decoder")]
+        assert refined == [60, 120, 150]
+        assert axes.get_xlim()[0] == 0 == axes.get_ylim()[0] and axes.get_xlabel() == "environment steps (M)"
+        marked = [c.lines[0].get_data() for c in axes.containers]  # the paper's final returns
+        assert [float(y[0]) for _, y in marked] == [
+            paper.reported(m, axes.get_title())[0] for m in paper.METHODS
+        ]
+        assert all(x[0] > 180 for x, _ in marked)
+    assert "3 seeds, fewer than the paper's 5" in figure.get_suptitle()
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert set(names) == {*paper.METHODS.values(), "decoder refined (GoRL)", "the paper's Table 1"}
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+
+
+def test_figure_4_says_what_it_is(tmp_path, figures):
+    """Otherwise a small run is taken for a reproduction."""
+    write_run(tmp_path / "a", "gorl_fm_ppo", "CheetahRun", rising(100), preset="cpu")
+    figure_4.draw(options(tmp_path))
+    text = figures[0].get_suptitle().replace("\n", " ")
+    assert "1 seed, fewer" in text and "--preset cpu" in text and "1.2M steps, the paper has 180M" in text
+    assert not figures[0].axes[0].containers  # the paper's returns are no comparison here
+
+
+def test_files_and_fonts(tmp_path):
+    """Otherwise fonts are pictures, or files are not where --out says."""
+    write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100), seeds=(1, 2))
+    files = figure_4.draw(options(tmp_path))
+    assert [file.name for file in files] == ["figure_4.png", "figure_4.pdf"]
+    pdf = files[1].read_bytes()
+    assert b"/Type /Font" in pdf and b"/FontFile2" in pdf and b"/Type3" not in pdf
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_1(tmp_path):
+    """Otherwise a number, its neighbour's or its sign is wrong in one of the three formats."""
+    write_run(tmp_path / "a", "ppo_gaussian", "CheetahRun", rising(700, 10), seeds=(1, 2, 3))
+    write_run(tmp_path / "b", "gorl_fm_ppo", "CheetahRun", rising(600, 1), seeds=(1, 2))
+    write_run(tmp_path / "c", "gorl_fm_ppo", "HopperStand", rising(733.66), seeds=(1,))
+    files = {file.suffix: file.read_text() for file in table_1.draw(options(tmp_path))}
+    lines = [re.sub(" +", " ", line) for line in files[".md"].splitlines()]
+    assert lines[0] == "| | | " + " | ".join(paper.TASKS) + " |"
+    assert lines[2].startswith("| PPO | ours | **720.0 ± 10.0** | - | - | - | - | - |")
+    assert lines[3].startswith("| | paper | 724.83 ± 155.67 | 539.03 ± 146.63 |")
+    assert lines[4].startswith("| | ours - paper | -4.8 | - |")
+    assert lines[5].startswith("| | seeds x steps | 3 x 179.9M | - |")
+    fm = next(i for i, line in enumerate(lines) if "GoRL(FM)" in line)
+    assert (
+        lines[fm] == "| GoRL(FM) | ours | 601.5 ± 0.7 | - | - | - | 733.7 | - |"
+    )  # one seed: no std; alone: not bold
+    assert lines[fm + 1].split(" | ")[3] == "**903.92 ± 104.08**" and "| +0.0 |" in lines[fm + 2]
+    assert "Fewer seeds than the paper's 5" in files[".md"] and "does not" not in files[".md"]
+    body = [line for line in files[".tex"].splitlines() if line.endswith(r"\\") or r"\addlinespace" in line]
+    assert len(body) == 1 + 4 * 5 and all(line.count("&") == 7 for line in body)
+    assert r"\textbf{$720.0 \pm 10.0$}" in files[".tex"] and "*720.0 ± 10.0*" in files[".txt"]
+
+
+def test_table_1_of_small_runs_says_so(tmp_path):
+    """Otherwise 1.2M steps are compared with 180M as if that meant something."""
+    write_run(tmp_path / "a", "ppo_gaussian", "CheetahRun", rising(700), preset="cpu")
+    (text,) = (f.read_text() for f in table_1.draw(options(tmp_path)) if f.suffix == ".txt")
+    assert "1 x 1.198M" in text and "the difference says nothing" in text
+
+
+def test_best_by_the_papers_rule():
+    """Otherwise what is bold is not the highest mean."""
+    assert table_1.best({"a": 1.0, "b": 2.0, "c": 2.0}) == {"b", "c"} and table_1.best({"a": 1.0}) == set()
+
+
+def fake_groups(values):
+    """Groups by (method, task) with these final returns by seed."""
+
+    def group(method, task, by_seed):
+        curves = {s: runs.Curve(np.array([0, 10]), np.array([0, r]), Path()) for s, r in by_seed.items()}
+        return runs.Group(method, task, "paper", {}, 10, curves)
+
+    return {key: group(*key, by_seed) for key, by_seed in values.items()}
+
+
+def test_aggregate_against_scipy():
+    """Otherwise interval or estimate is not that of the seeds."""
+    rng = np.random.default_rng(0)
+    tasks, seeds = ("CheetahRun", "HopperStand", "WalkerWalk"), range(1, 6)
+    values = {
+        (m, t): {s: level + 100 * i + 5 * rng.normal() for s in seeds}
+        for m, level in (("ppo_gaussian", 100), ("gorl_fm_ppo", 130), ("fpo", 101))
+        for i, t in enumerate(tasks)
+    }
+    by_method, got_tasks, got_seeds = aggregate.scores(fake_groups(values))
+    assert (got_tasks, got_seeds) == (list(tasks), list(seeds)) and by_method["fpo"].shape == (5, 3)
+    assert by_method["fpo"][1, 2] == values["fpo", "WalkerWalk"][2]
+    iqm, better = aggregate.statistics(by_method, reps=1000)
+    for method, x in by_method.items():
+        estimate, low, high = iqm[method]
+        assert estimate == pytest.approx(stats.trim_mean(x, 0.25, axis=None))
+        draws = [
+            stats.trim_mean(x[rng.integers(5, size=x.shape), np.arange(3)], 0.25, axis=None)
+            for _ in range(2000)
+        ]
+        np.testing.assert_allclose([low, high], np.quantile(draws, [0.025, 0.975]), atol=0.8)
+        assert high - low < 15  # the tasks, 100 apart, are strata: they do not widen it
+    assert better["gorl_fm_ppo"] == (1, 1, 1) and "ppo_gaussian" not in better
+    x, y = by_method["fpo"], by_method["ppo_gaussian"]
+    assert better["fpo"][0] == pytest.approx(
+        np.mean([a > b for t in range(3) for a in x[:, t] for b in y[:, t]])
+    )
+    assert better["fpo"][1] < better["fpo"][0] < better["fpo"][2]
+    assert aggregate.statistics(by_method, reps=100) == aggregate.statistics(by_method, reps=100)
+
+
+def test_aggregate_uses_what_is_common():
+    """Otherwise methods are compared on different tasks or seeds."""
+    values = {
+        ("ppo_gaussian", "CheetahRun"): {1: 1.0, 2: 2.0, 3: 3.0},
+        ("fpo", "CheetahRun"): {2: 20.0, 3: 30.0, 4: 40.0},
+        ("fpo", "FishSwim"): {2: 5.0, 3: 6.0},
+    }
+    by_method, tasks, seeds = aggregate.scores(fake_groups(values))
+    assert (tasks, seeds) == (["CheetahRun"], [2, 3])
+    assert by_method["fpo"].tolist() == [[20], [30]] and by_method["ppo_gaussian"].tolist() == [[2], [3]]
+    for few in ({("fpo", "FishSwim"): {1: 1.0, 2: 2.0}}, {k: {1: 1.0} for k in values}):
+        with pytest.raises(runs.CannotDraw):
+            aggregate.scores(fake_groups(few))
+
+
+def test_aggregate_figure(tmp_path, figures):
+    """Otherwise the picture or the text shows other numbers than the statistics."""
+    for method, end in (("ppo_gaussian", 100), ("fpo", 50), ("gorl_fm_ppo", 200)):
+        write_run(tmp_path / method, method, "CheetahRun", rising(end, 1), seeds=(1, 2, 3))
+    (tmp_path / "out").mkdir()
+    *_, text = aggregate.draw(options(tmp_path), reps=100)
+    left, right = figures[0].axes
+    assert [t.get_text() for t in left.get_yticklabels()] == ["GoRL(FM)", "FPO", "PPO"]
+    assert [t.get_text() for t in right.get_yticklabels()] == ["GoRL(FM)", "FPO"]
+    assert re.search(r"GoRL\(FM\) +IQM 202.0 .*P\(better than PPO\) 1.00", text.read_text())
+
+
+def test_figure_5(tmp_path, figures, capsys):
+    """Otherwise a beta's curve is another's, or the default beta is missing from the sweep."""
+    write_run(tmp_path / "default", "gorl_fm_ppo", "CheetahRun", rising(300), seeds=(1, 2))
+    with pytest.raises(runs.CannotDraw, match=r"only beta 0\.001"):
+        figure_5.draw(options(tmp_path))
+    runs.load.cache_clear()
+    for beta, end in ((0.1, 100), (0.0, 200)):
+        write_run(
+            tmp_path / str(beta), "gorl_fm_ppo", "CheetahRun", rising(end), seeds=(1, 2), kl_coef=(beta,)
+        )
+    write_run(tmp_path / "other", "gorl_fm_ppo", "CheetahRun", rising(9), kl_coef=(0.5,), gamma=0.9)
+    figure_5.draw(options(tmp_path))
+    left, right = figures[0].axes
+    ends = {line.get_label(): line.get_ydata()[-1] for line in left.get_lines()}
+    assert ends == {r"$\beta$ = 0": 200, r"$\beta$ = 0.001": 300, r"$\beta$ = 0.1": 100}
+    assert [t.get_text() for t in right.get_xticklabels()] == ["0", "0.001", "0.1"]
+    assert right.collections[-1].get_offsets()[:, 1].tolist() == [200, 300, 100]
+    assert "0.0001, 0.0005, 0.005, 0.01, 0.05 not run" in figures[0].get_suptitle().replace("\n", " ")
+
+
+def test_figure_6(tmp_path, figures):
+    """Otherwise a decoder's stage is mixed up with another's, or with ordinary runs."""
+    with pytest.raises(runs.CannotDraw, match="decoder-from"):
+        figure_6.draw(options(tmp_path))
+    write_run(tmp_path / "ordinary", "gorl_fm_ppo", "CheetahRun", rising(999))
+    for task in ("CheetahRun", "HopperStand"):
+        for stage in range(4):
+            for seed in (1, 2):
+                run = tmp_path / f"{task}{stage}{seed}"
+                budget = {"total_timesteps": 60_000_000, "stage_timesteps": [60_000_000]}
+                write_run(run, "gorl_fm_ppo", task, rising(100 * stage + 50), seeds=(seed,), **budget)
+                set_argument("decoder_from", f"runs/a:b_{seed}:{stage}")(run)
+    runs.load.cache_clear()
+    figure_6.draw(options(tmp_path))
+    assert [axes.get_title() for axes in figures[0].axes] == ["GoRL(FM), CheetahRun", "GoRL(FM), HopperStand"]
+    for axes in figures[0].axes:
+        ends = [(line.get_label(), line.get_ydata()[-1]) for line in axes.get_lines()]
+        names = [f"decoder of stage {stage}" for stage in range(4)]
+        assert ends == [(names[0] + " (identity)", 50), (names[1], 150), (names[2], 250), (names[3], 350)]
+    assert figures[0].get_suptitle() == "mean and std over 2 seeds, fewer than the paper's 5"
+
+
+# --- multimodality
+
+
+def test_gain_and_dip_of_known_distributions():
+    """Otherwise a peak is claimed where there is one, or two are not seen."""
+    rng = np.random.default_rng(0)
+    gain, dip = figure_7.bimodality(rng.normal(size=(10_000, 4)) @ rng.normal(size=(4, 4)))
+    assert abs(gain) < 0.01 and dip < 0.05
+    sign = rng.choice([-1, 1], size=(10_000, 1))
+    two = np.concatenate([2 * sign + rng.normal(size=(10_000, 1)), rng.normal(size=(10_000, 2))], axis=1)
+    gain, dip = figure_7.bimodality(two)
+    x = np.linspace(-9, 9, 20_001)
+    mixture = 0.5 * (stats.norm.pdf(x, -2) + stats.norm.pdf(x, 2))
+    divergence = np.trapezoid(mixture * np.log(mixture / stats.norm.pdf(x, 0, np.sqrt(5))), x)
+    assert gain == pytest.approx(divergence, abs=0.03)
+    assert dip == pytest.approx(1 - mixture[10_000] / mixture.max(), abs=0.05)
+    gain, dip = figure_7.bimodality(rng.exponential(size=(10_000, 1)))  # skewed, one peak
+    assert gain > 0.1 and dip < 0.05
+
+
+def test_dip_against_a_grid():
+    """Otherwise the ridge misses a peak or finds one where there is none."""
+    rng, grid = np.random.default_rng(1), np.stack(np.meshgrid(*[np.linspace(-8, 8, 321)] * 2), axis=-1)
+    seen = set()
+    for i in range(12):
+        factors = rng.normal(size=(2, 2, 2))
+        covariances = factors @ np.swapaxes(factors, 1, 2) + 0.2 * np.eye(2)
+        means, weights = rng.normal(size=(2, 2)) * (1.0 if i % 2 else 2.5), np.array([0.4, 0.6])
+        density = sum(
+            w * stats.multivariate_normal(m, c).pdf(grid)
+            for w, m, c in zip(weights, means, covariances, strict=True)
+        )
+        inner = density[1:-1, 1:-1]
+        around = [density[1 + a : 320 + a, 1 + b : 320 + b] for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b]
+        peaks = np.sum(np.all([inner > other for other in around], axis=0))
+        seen.add(peaks)
+        assert (figure_7.dip(weights, means, covariances) > 1e-4) == (peaks > 1)
+    assert {1, 2} <= seen  # and 3, which two Gaussians in the plane can have
+
+
+def test_projection_and_density():
+    """Otherwise the axis shows how methods differ and not how they spread, or the curve is smeared."""
+    rng, direction = np.random.default_rng(0), np.array([0.6, -0.8, 0.0])
+    spread = rng.normal(size=(5000, 1)) * direction + 0.1 * rng.normal(size=(5000, 3))
+    axis = figure_7.common_projection([spread, spread[:2500] + [0, 0, 100]])
+    np.testing.assert_allclose(axis, [-0.6, 0.8, 0.0], atol=0.02)
+    samples, x = rng.normal(size=10_000), np.linspace(-3, 3, 13)
+    width = np.sqrt(1 + (0.8 * 10_000**-0.2) ** 2)
+    np.testing.assert_allclose(figure_7.kernel_density(samples, x), stats.norm.pdf(x, 0, width), atol=0.015)
+
+
+# --- packing
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--env-id FishSwim --num-seeds 5",
+        "--preset cpu --seed 4 --total-timesteps 600000 --clip-eps 0.25 --track --eval-every 30000",
+        "--preset cpu --env-id HopperStand --no-checkpoint-env-state --gamma 0.95",
+        "--stage-timesteps 3000000 2000000 --kl-coef 0.0 0.1 --reinit-critic",
+    ],
+)
+def test_the_packed_command_gives_the_run_again(script, line, monkeypatch):
+    """Otherwise nobody can repeat a run of `results/`."""
+    if "stage" in line and script not in GORL:
+        pytest.skip("an argument of GoRL's")
+    monkeypatch.setattr(sys, "argv", [script.__file__, *line.split()])
+    args = script.parse_args()
+    stored = json.loads(json.dumps(asdict(args))) | {"versions": {"script": Path(script.__file__).name}}
+    command = pack.command_of(stored)
+    assert command.startswith(f"python {script.__name__}.py")
+    monkeypatch.setattr(sys, "argv", command.split()[1:])
+    assert script.parse_args() == args
+
+
+def test_pack(tmp_path, capsys):
+    """Otherwise `results/` holds paths, big files, half runs or logs without their origin."""
+    run = tmp_path / "runs/CheetahRun__gorl_fm_ppo__1__17"
+    write_run(run, "gorl_fm_ppo", "CheetahRun", rising(9), preset="cpu", runs_dir=str(tmp_path / "runs"))
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/policy_1198080.npz").write_bytes(b"small")
+    (run / "checkpoints/policy_399360.npz").write_bytes(b"0" * 2**21)
+    (run / "checkpoints/state_000001198080_03_000000.npz").write_bytes(b"state")
+    (run / "train.csv").write_text("seed,step\n1,2\n")
+    results = tmp_path / "results"
+    results.mkdir()
+    pack.pack(run, to=results, name="small/fm", note="what it shows", device="2 CPU cores")
+    packed = {str(file.relative_to(results)) for file in results.rglob("*") if file.is_file()}
+    names = ("args.json", "eval.csv", "train.csv", "checkpoints/policy_1198080.npz")
+    assert packed == {"README.md", *(f"small/fm/{name}" for name in names)}
+    assert "left out:" in capsys.readouterr().err
+    assert str(tmp_path) not in (results / "small/fm/args.json").read_text()
+    row = (results / "README.md").read_text().splitlines()[-1]
+    want = [
+        "`small/fm/`",
+        "`python gorl_fm_ppo.py --preset cpu`",
+        "0123456",
+        "2 CPU cores",
+        "6 s",
+        "what it shows",
+    ]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == want
+    assert len(runs.load((results,))) == 1
+    before = (results / "README.md").read_text()
+    for change in (
+        {"name": "small/fm"},
+        {"name": "../out"},
+        {"name": "b", "note": "a | b"},
+        {"to": tmp_path / "no"},
+    ):
+        with pytest.raises(SystemExit) as error:
+            pack.pack(run, **{"to": results, "name": "b"} | change)
+        assert error.value.code == 2
+    edit("eval.csv", lambda text: text[: text[:-1].rindex("\n") + 1])(run)
+    with pytest.raises(SystemExit):
+        pack.pack(run, to=results, name="b")
+    assert (results / "README.md").read_text() == before and {p.name for p in results.iterdir()} == {
+        "README.md",
+        "small",
+    }
+
+
+def test_rows_are_added_to_the_table(tmp_path):
+    """Otherwise a row of the README lands outside the table of runs."""
+    about = dict.fromkeys(pack.COLUMNS, "x")
+    readme = tmp_path / "README.md"
+    for _ in range(2):
+        pack.add_row(readme, about)
+    readme.write_text(readme.read_text() + "\nMore.\n\n| other | table |\n| --- | --- |\n| 1 | 2 |\n")
+    pack.add_row(readme, about)
+    lines = readme.read_text().splitlines()
+    assert (
+        [line for line in lines if line.startswith("| x")] == lines[4:7]
+        and len(lines) == 13
+        and lines[2].startswith("| folder")
+    )
+
+
+def test_every_result_has_its_origin():
+    """Otherwise a figure of the README rests on a log that nobody can trace."""
+    text = (RESULTS / "README.md").read_text()
+    for run in runs.find((RESULTS,)):
+        path = run.relative_to(RESULTS)
+        names = [f"`{p}/" for p in (path, *path.parents[:-1])]
+        assert any(name in text for name in names), run
+        versions = json.loads((run / "args.json").read_text())["versions"]
+        assert "git_commit" in versions or f"`{path}/`" in text
+
+
+# --- everything at once
+
+
+def test_all_draws_what_it_can(tmp_path, capsys, monkeypatch):
+    """Otherwise one missing experiment costs every figure, or is not named."""
+    monkeypatch.setenv("MUJOCO_GL", "none-such")
+    (tmp_path / "empty").mkdir()
+    assert everything.draw(options(tmp_path / "empty"), skip=("figure_1",)) == []
+    out = capsys.readouterr().out
+    for item in set(everything.ITEMS) - {"figure_1"}:
+        assert f"not drawn: {item}: " in out
+    assert "MUJOCO_GL=none-such tried" in out
+    write_run(tmp_path / "logs/a", "ppo_gaussian", "FishSwim", rising(100), seeds=(1, 2))
+    files = everything.draw(options(tmp_path / "logs"), skip=("figure_1",))
+    assert {file.name for file in files} == {f"figure_4.{e}" for e in ("png", "pdf")} | {
+        f"table_1.{e}" for e in ("txt", "md", "tex")
+    }
+    out = capsys.readouterr().out
+    assert (
+        "drawn: figure_4, table_1\n" in out and "not drawn: aggregate: an aggregate needs two methods" in out
+    )
+    assert "not drawn: figure_7: no saved policy" in out
+    with pytest.raises(SystemExit):
+        everything.draw(options(tmp_path / "logs"), skip=("figure_2",))
+
+
+def test_the_readmes_numbers_are_the_logs(tmp_path):
+    """Otherwise README or Table 1 show numbers that no log has."""
+    readme = (runs.ROOT / "README.md").read_text()
+    files = table_1.draw(runs.Options(runs=(RESULTS,), out=tmp_path))
+    (markdown,) = (file.read_text() for file in files if file.suffix == ".md")
+    assert markdown == (RESULTS / "figures/table_1.md").read_text()
+    compact = [re.sub(" +", " ", line) for line in readme.splitlines()]
+    groups, _ = runs.select(runs.Options(runs=(RESULTS,)), quiet=True)
+    for (method, _), group in groups.items():
+        returns = runs.final_returns(group)
+        mean, std = runs.mean_std(returns)
+        row = [
+            line
+            for line in compact
+            if line.startswith(f"| {style.label(method)} | ") and f"{mean:.1f} ± {std:.1f}" in line
+        ]
+        assert len(row) == 1, (method, mean, std)
+
+
+def test_args_of_replaced_defaults(tmp_path):
+    """Otherwise runs from before a default changed are averaged with those after."""
+    write_run(tmp_path / "a", "gorl_fm_ppo", "FishSwim", rising(1), max_grad_norm=(0.5, 1.0))
+    (group,) = runs.load((tmp_path,))
+    assert group.settings == {"max_grad_norm": [0.5, 1.0]}
+    assert replace(group, settings={}) != group

@@ -1,0 +1,270 @@
+"""Saved policies, opened, evaluated, filmed and sampled, and the figures that run things themselves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from conftest import GORL, SCRIPTS
+from scipy import stats
+from test_cli import COMMON
+from toy import PointMass
+
+import ppo_gaussian
+from plotting import evaluate, figure_1, figure_7, paper, policies, runs, style
+
+TOTAL = 480
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_args):
+    """A finished run of two seeds on PointMass by each script, as if that were HopperStand."""
+    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("trained")
+    for script in SCRIPTS:
+        patch.setattr(script, "make_env", lambda args: PointMass())
+        changes = {"num_seeds": 2, "total_timesteps": TOTAL, "eval_every": 160, "eval_envs": 16}
+        if script in GORL:
+            changes |= {"stage_timesteps": (160, 160, 80, 80), "kl_coef": (1e-3,), "clip_eps": (0.15, 0.3)}
+            changes |= {"decoder_epochs": 2, "decoder_batch_size": 16, "max_grad_norm": (0.0,)}
+        run = folder / script.__name__
+        (run / "checkpoints").mkdir(parents=True)
+        assert script.train(make_args(script, **changes), run, [], bool)
+    runs.load.cache_clear()
+    yield folder
+    patch.undo()
+    runs.load.cache_clear()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_evaluation_gives_the_logged_return_again(trained, script, seed, capsys):
+    """Otherwise `plotting.evaluate` measures something else than eval.csv, or another seed's policy."""
+    run = trained / script.__name__
+    (file,) = evaluate.evaluate(run, seed=seed, episodes=16, out=run / f"own_{seed}.csv")
+    got, want = runs.read_table(file), runs.read_table(run / "eval.csv")
+    row = (want["seed"] == seed) & (want["step"] == TOTAL)
+    for name in ("return_mean", "return_std", "return_min", "return_max"):
+        np.testing.assert_allclose(got[name], want[name][row], rtol=2e-4)
+    assert (got["step"], got["deterministic"], got["env_seed"]) == (TOTAL, 1, seed)
+
+
+def test_what_an_evaluation_can_be_asked(trained, capsys):
+    """Otherwise an argument does nothing, or statistics are not those of the returns."""
+    run = trained / "gorl_fm_ppo"
+    ask = dict(run_dir=run, episodes=200, out=run / "asked.csv")
+    for change in ({}, {"stochastic": True}, {"env_seed": 7}, {"step": 160}, {"seed": 2}):
+        evaluate.evaluate(**ask | change)
+    table = runs.read_table(run / "asked.csv")
+    assert len(set(table["return_mean"])) == 5 and table["deterministic"].tolist() == [1, 0, 1, 1, 1]
+    assert table["step"].tolist() == [480, 480, 480, 160, 480] and table["env_seed"].tolist() == [
+        1,
+        1,
+        7,
+        1,
+        2,
+    ]
+    script, args, policy, step, _ = policies.open_policy(run)
+    returns, seen = policies.evaluate(script, args, policy, step, 1, 200, True)
+    assert returns.shape == (200,) and seen == {}
+    assert table["return_iqm"][0] == pytest.approx(stats.trim_mean(returns, 0.25), rel=1e-5)
+    assert table["return_std"][0] == pytest.approx(returns.std(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"step": 161}, "has no step 161"),
+        ({"seed": 9}, "seed 9"),
+        ({"episodes": 0}, "--episodes: got 0"),
+        ({"env_seed": -1}, "--env-seed: got -1"),
+        ({"out": Path("/no/such/folder/file.csv")}, "--out"),
+    ],
+)
+def test_wrong_questions(trained, change, says, capsys):
+    """Otherwise a mistake ends in a traceback, or evaluates another policy than was meant."""
+    with pytest.raises(SystemExit) as error:
+        evaluate.evaluate(**{"run_dir": trained / "ppo_gaussian", "episodes": 2} | change)
+    captured = capsys.readouterr().err
+    assert error.value.code == 2 and says in captured and captured.count("\n") == 1
+
+
+def test_runs_without_a_good_policy(trained, tmp_path, capsys):
+    """Otherwise a damaged policy file is a traceback, or a wrong folder another run's policy."""
+    bad = tmp_path / "run"
+    (bad / "checkpoints").mkdir(parents=True)
+    for content, says in (
+        (None, "args.json is damaged or missing"),
+        ("args", "no policy in"),
+        ("zip", "damaged"),
+    ):
+        if content == "args":
+            (bad / "args.json").write_text((trained / "ppo_gaussian/args.json").read_text())
+        if content == "zip":
+            data = bytearray((trained / f"ppo_gaussian/checkpoints/policy_{TOTAL}.npz").read_bytes())
+            data[len(data) // 2] ^= 255
+            (bad / f"checkpoints/policy_{TOTAL}.npz").write_bytes(data)
+        with pytest.raises(SystemExit):
+            evaluate.evaluate(bad, episodes=2)
+        assert says in capsys.readouterr().err
+
+
+def test_figure_7(trained, monkeypatch, capsys):
+    """Otherwise methods are sampled at different states, or a density is not the policy's."""
+    kept = []
+    monkeypatch.setattr(style, "save", lambda figure, out, name: kept.append(figure) or [])
+    where = {}
+    for run in sorted(trained.iterdir()):
+        where |= runs.settings_of(runs.read_args(run))
+    out = trained / "out"
+    out.mkdir()
+    where = tuple(f"{k}={runs.shown(v)}" for k, v in where.items())
+    options = runs.Options(runs=(trained,), out=out, where=where)
+    *_, file = figure_7.draw(options, samples=4000, num_states=2)
+    record = json.loads(file.read_text())
+    state = np.asarray(PointMass().reset(figure_7_key(0)).obs)
+    np.testing.assert_allclose(record["observation"], state, rtol=1e-6)
+    assert np.linalg.norm(record["projection"]) == pytest.approx(1)
+    saved = {(p["method"], p["step"]) for p in record["policies"]}
+    assert saved == {(m, s) for m in ("gorl_fm_ppo", "gorl_diff_ppo") for s in (160, 320, 480)} | {
+        (m, 480) for m in ("ppo_gaussian", "fpo", "dppo")
+    }
+    panels = np.array(kept[0].axes).reshape(5, 3)
+    assert [row[0].get_ylabel() for row in panels] == list(paper.METHODS.values())
+    for panel in panels.ravel():
+        text = panel.texts[0].get_text()
+        assert len(panel.get_lines()) == (0 if text == "no policy saved" else 2)  # a line a seed
+    assert (
+        panels[0, 0].texts[0].get_text() == "no policy saved"
+        and panels[4, 0].texts[0].get_text() != "no policy saved"
+    )
+    # PPO's u is Gaussian: the curve is known, and two Gaussians are no better than one.
+    line, ppo = (
+        panels[0, 2].get_lines()[0],
+        next(p for p in record["policies"] if p["method"] == "ppo_gaussian"),
+    )
+    axis = np.array(record["projection"])
+    _, _, policy, *_ = policies.open_policy(trained / "ppo_gaussian", TOTAL, 1)
+    u = np.asarray(policy(np.broadcast_to(state, (20_000, 3)), figure_7_key(5))) @ axis
+    want = stats.norm.pdf(line.get_xdata(), u.mean(), u.std())
+    np.testing.assert_allclose(line.get_ydata(), want, atol=0.06 * want.max())
+    assert abs(ppo["gain"]) < 0.02 and ppo["dip"] < 0.05
+    plt.close("all")
+
+
+def figure_7_key(seed):
+    """The key of the first of two states."""
+    import jax
+
+    key = jax.random.PRNGKey(seed)
+    return jax.random.split(key, 2)[0] if seed == 0 else key
+
+
+def test_figure_1(tmp_path, monkeypatch, capsys):
+    """Otherwise the paper's first claim is drawn, not computed: flow and Gaussian fitted to two equal peaks."""
+    kept = []
+    monkeypatch.setattr(style, "save", lambda figure, out, name: kept.append(figure) or [])
+    before = ppo_gaussian.make_env
+    *_, file = figure_1.draw(runs.Options(out=tmp_path), iterations=6, seeds=2, draws=2000)
+    assert ppo_gaussian.make_env is before
+    record = json.loads(file.read_text())
+    gaussian, flow = record["closest Gaussian"][0], record["flow, by GoRL(FM)'s decoder training"][0]
+    x = np.linspace(-4, 4, 8001)
+    best = figure_1.best_policy(x)
+    assert np.trapezoid(best, x) == pytest.approx(1, abs=1e-3)
+    want = np.trapezoid(best * np.asarray(figure_1.reward(x)), x)
+    assert flow["mean_reward"] == pytest.approx(want, abs=0.06) and flow["dip"] > 0.5 and flow["gain"] > 0.2
+    std = np.sqrt(np.trapezoid(best * x**2, x))
+    middle = stats.norm.cdf(figure_1.PEAK / 2, 0, std) - stats.norm.cdf(-figure_1.PEAK / 2, 0, std)
+    assert gaussian["between_peaks"] == pytest.approx(middle, abs=0.03) and gaussian["dip"] < 0.05
+    assert flow["between_peaks"] < middle / 2
+    assert [len(record[f"{paper.METHODS[m]}, trained"]) for m in figure_1.METHODS] == [2, 2, 2]
+    left, right = kept[0].axes
+    assert len(left.get_lines()) == 2 and len(right.get_lines()) == 6
+    plt.close("all")
+
+
+# --- by the command line, on the real physics
+
+
+def module(name, *arguments, **environment):
+    command = [sys.executable, "-m", f"plotting.{name}", *map(str, arguments)]
+    env = os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, cwd=runs.ROOT)
+
+
+@pytest.fixture(scope="module")
+def cheetah(tmp_path_factory):
+    """A tiny run of Gaussian PPO on CheetahRun."""
+    folder = tmp_path_factory.mktemp("cheetah")
+    command = [sys.executable, ppo_gaussian.__file__, *COMMON, "--runs-dir", str(folder)]
+    with (folder / "log").open("w") as log:
+        assert subprocess.run(command, stdout=log, stderr=log, timeout=600).returncode == 0
+    return next(path for path in folder.iterdir() if path.is_dir())
+
+
+def test_evaluate_by_the_command_line(cheetah):
+    """Otherwise a user cannot evaluate a policy on real physics, or gets another return than was logged."""
+    done = module("evaluate", cheetah, "--episodes", 8)
+    assert done.returncode == 0, done.stderr[-2000:]
+    got, want = (
+        runs.read_table(cheetah / name)["return_mean"][-1] for name in ("evaluations.csv", "eval.csv")
+    )
+    assert (
+        got == pytest.approx(want, rel=0.02, abs=1e-3) and f"wrote {cheetah}/evaluations.csv" in done.stdout
+    )
+    done = module("evaluate", cheetah, "--step", 7)
+    assert done.returncode == 2 and "has no step 7" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_video_by_the_command_line(cheetah, tmp_path):
+    """Otherwise there is no film, or none without a display, or a half one is left behind."""
+    done = module("video", cheetah, "--height", 48, "--width", 64, "--out", tmp_path / "a.mp4")
+    if done.returncode == 1:
+        assert "cannot draw: no OpenGL without a display" in done.stderr
+        pytest.skip("no EGL or OSMesa here")
+    assert done.returncode == 0, done.stderr[-2000:]
+    import imageio_ffmpeg
+
+    about, *pictures = imageio_ffmpeg.read_frames(str(tmp_path / "a.mp4"))
+    assert about["source_size"] == (64, 48) and about["fps"] == pytest.approx(50)
+    pictures = [np.frombuffer(picture, np.uint8).astype(float) for picture in pictures]
+    assert len(pictures) == 10  # 20 control steps of 0.01 s
+    assert all(picture.std() > 10 for picture in pictures) and np.abs(pictures[0] - pictures[-1]).max() > 10
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_no_opengl_is_a_clear_message(cheetah):
+    """Otherwise a machine without EGL and OSMesa gives a traceback after the simulation."""
+    done = module("video", cheetah, MUJOCO_GL="glfw", DISPLAY="")
+    assert (
+        done.returncode == 1
+        and "cannot draw: no OpenGL without a display (MUJOCO_GL=glfw tried)" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    done = module("video", cheetah, "--width", 63)
+    assert done.returncode == 2 and "--width: got 63; takes an even number" in done.stderr
+
+
+def test_figure_3_by_the_command_line(tmp_path):
+    """Otherwise a task is missing, or its picture is empty."""
+    done = module("figure_3", "--out", tmp_path)
+    if done.returncode == 1:
+        assert "cannot draw: no OpenGL without a display" in done.stderr
+        pytest.skip("no EGL or OSMesa here")
+    assert done.returncode == 0, done.stderr[-2000:]
+    picture = matplotlib.image.imread(tmp_path / "figure_3.png")[..., :3]
+    rows, columns = np.array_split(picture, 2), 3
+    for part in (tile for row in rows for tile in np.array_split(row, columns, axis=1)):
+        assert part[len(part) // 3 : 2 * len(part) // 3].std() > 0.05
+    assert (tmp_path / "figure_3.pdf").stat().st_size > 10_000
+
+
+def test_every_module_has_help():
+    """Otherwise a user finds no arguments, or help takes a device."""
+    for name in ("figure_4", "table_1", "evaluate"):
+        done = module(name, "--help", JAX_PLATFORMS="none_such")
+        assert done.returncode == 0 and "--out" in done.stdout, done.stderr[-500:]
