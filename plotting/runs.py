@@ -225,11 +225,21 @@ def load(paths: tuple[Path, ...], unfinished: bool = False) -> tuple[Group, ...]
     return tuple(groups[key] for key in sorted(groups))
 
 
+def as_asked(group: Group, where: tuple[str, ...]) -> bool:
+    """Whether a group differs from its preset in just `where`, without arguments that its script lacks."""
+    if bad := [item for item in where if "=" not in item]:
+        wrong("--where", bad[0], "argument=value, as `left out` and `drawn` show them")
+    known = preset_args(group.method, "paper")
+    asked = {name.replace("-", "_"): value for name, _, value in (item.partition("=") for item in where)}
+    asked = {name: value for name, value in asked.items() if name in known}
+    return bool(known) and {name: shown(value) for name, value in group.settings.items()} == asked
+
+
 def pick_preset(groups: tuple[Group, ...], options: Options) -> str:
     """The preset to draw: as asked for, or the paper's if it has been run."""
     if options.preset != "auto":
         return options.preset
-    return "paper" if any(g.preset == "paper" and not g.settings for g in groups) else "cpu"
+    return "paper" if any(g.preset == "paper" and as_asked(g, options.where) for g in groups) else "cpu"
 
 
 def select(options: Options, quiet: bool = False) -> tuple[dict[tuple[str, str], Group], str]:
@@ -238,21 +248,17 @@ def select(options: Options, quiet: bool = False) -> tuple[dict[tuple[str, str],
     A group is drawn if it differs from its preset in nothing but `--where`. CannotDraw if there is none.
     """
     groups = load(options.runs, options.unfinished)
-    preset, asked = pick_preset(groups, options), [w.split("=", 1) for w in options.where]
-    if bad := [w for w in options.where if "=" not in w]:
-        wrong("--where", bad[0], "argument=value, with the argument's name as in args.json")
+    preset, chosen = pick_preset(groups, options), {}
     order = {name: i for i, name in enumerate((*METHODS, *TASKS))}
-    chosen = {}
     for group in sorted(groups, key=lambda g: (order.get(g.method, 99), order.get(g.task, 99), g.task)):
-        known = preset_args(group.method, "paper")
-        want = {name.replace("-", "_"): value for name, value in asked if name.replace("-", "_") in known}
-        if known and group.preset == preset and {k: shown(v) for k, v in group.settings.items()} == want:
+        if group.preset == preset and as_asked(group, options.where):
             chosen[group.method, group.task] = group
         elif not quiet:
             print(f"left out: {group}")
     if not chosen:
-        found = ", ".join(sorted({g.preset for g in groups})) or "none at all"
-        raise CannotDraw(f"no finished run with --preset {preset} {shown(options.where)}(found: {found})")
+        asked = " ".join([preset, *(["--where", *options.where] if options.where else [])])
+        found = ", ".join(sorted({g.preset for g in groups})) or "no run at all"
+        raise CannotDraw(f"no finished run with --preset {asked} (there: {found})")
     if not quiet:
         for group in chosen.values():
             print(f"drawn: {group}")

@@ -4,6 +4,7 @@ python -m plotting.video runs/HopperStand__gorl_fm_ppo__1__1795398135
 """
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -60,7 +61,9 @@ def video(
     writer = imageio_ffmpeg.write_frames(
         str(aside), (width, height), fps=1 / (env.dt * every), codec="libx264", quality=7, macro_block_size=2
     )
-    writer.send(None)
+    with warnings.catch_warnings():  # JAX warns of any child process; this one starts another program at once
+        warnings.simplefilter("ignore", RuntimeWarning)
+        writer.send(None)
     states = {name: values[::every] for name, values in states.items()}
     for picture in render.frames(args.env_id, env.mj_model, states, height, width):
         writer.send(picture.tobytes())

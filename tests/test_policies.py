@@ -123,7 +123,7 @@ def test_figure_7(trained, monkeypatch, capsys):
     out.mkdir()
     where = tuple(f"{k}={runs.shown(v)}" for k, v in where.items())
     options = runs.Options(runs=(trained,), out=out, where=where)
-    *_, file = figure_7.draw(options, samples=4000, num_states=2)
+    *_, file = figure_7.draw(options, samples=10_000, num_states=2)
     record = json.loads(file.read_text())
     state = np.asarray(PointMass().reset(figure_7_key(0)).obs)
     np.testing.assert_allclose(record["observation"], state, rtol=1e-6)
@@ -150,8 +150,8 @@ def test_figure_7(trained, monkeypatch, capsys):
     _, _, policy, *_ = policies.open_policy(trained / "ppo_gaussian", TOTAL, 1)
     u = np.asarray(policy(np.broadcast_to(state, (20_000, 3)), figure_7_key(5))) @ axis
     want = stats.norm.pdf(line.get_xdata(), u.mean(), u.std())
-    np.testing.assert_allclose(line.get_ydata(), want, atol=0.06 * want.max())
-    assert abs(ppo["gain"]) < 0.02 and ppo["dip"] < 0.05
+    np.testing.assert_allclose(line.get_ydata(), want, atol=0.08 * want.max())
+    assert abs(ppo["gain"]) < 0.01 and ppo["dip"] < 0.05
     plt.close("all")
 
 
@@ -164,7 +164,7 @@ def figure_7_key(seed):
 
 
 def test_figure_1(tmp_path, monkeypatch, capsys):
-    """Otherwise the paper's first claim is drawn, not computed: flow and Gaussian fitted to two equal peaks."""
+    """Otherwise the paper's first claim is drawn by hand: flow and Gaussian fitted to two equal peaks."""
     kept = []
     monkeypatch.setattr(style, "save", lambda figure, out, name: kept.append(figure) or [])
     before = ppo_gaussian.make_env
