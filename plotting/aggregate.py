@@ -7,6 +7,7 @@ library, rliable. The paper has no such figure; with five seeds a task, mean and
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +18,30 @@ from plotting.paper import METHODS
 BASELINE = "ppo_gaussian"
 
 
-def scores(groups: dict[tuple[str, str], runs.Group]) -> tuple[dict[str, np.ndarray], list[str], list[int]]:
-    """Final returns (K, T) by method, over the T tasks and K seeds that all methods have.
+def scores(groups: dict[tuple[str, str], runs.Group]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Final returns (K, T) by method over the T tasks that all have; the K seeds may differ by method.
 
-    Raises CannotDraw if no task is common to two methods, or under two seeds are common to all.
+    A method's seeds are those that all its tasks have. Names what is left out; CannotDraw if no task is
+    common to two methods, or a method has under two seeds.
     """
     methods = list(dict.fromkeys(method for method, _ in groups))
-    tasks = [t for t in dict.fromkeys(t for _, t in groups) if all((m, t) in groups for m in methods)]
+    every = list(dict.fromkeys(task for _, task in groups))
+    tasks = [task for task in every if all((method, task) in groups for method in methods)]
     if len(methods) < 2 or not tasks:
         raise runs.CannotDraw("an aggregate needs two methods, and a task that all methods have run")
-    seeds = sorted(set.intersection(*(set(groups[m, t].curves) for m in methods for t in tasks)))
-    if len(seeds) < 2:
-        raise runs.CannotDraw("an aggregate needs two seeds that all methods have run on all their tasks")
-
-    def column(method: str, task: str) -> list[float]:
-        group = groups[method, task]
-        returns = runs.final_returns(group)
-        return [returns[sorted(group.curves).index(seed)] for seed in seeds]
-
-    return {m: np.array([column(m, t) for t in tasks]).T for m in methods}, tasks, seeds
+    if len(tasks) < len(every):
+        print(
+            f"left out, since not all methods have run them: {', '.join(t for t in every if t not in tasks)}"
+        )
+    by_method = {}
+    for method in methods:
+        mine = [groups[method, task] for task in tasks]
+        seeds = sorted(set.intersection(*(set(group.curves) for group in mine)))
+        if len(seeds) < 2:
+            raise runs.CannotDraw(f"an aggregate needs two seeds that {method} has run on {', '.join(tasks)}")
+        ends = [dict(zip(sorted(g.curves), runs.final_returns(g), strict=True)) for g in mine]
+        by_method[method] = np.array([[end[seed] for end in ends] for seed in seeds])
+    return by_method, tasks
 
 
 def statistics(by_method: dict[str, np.ndarray], reps: int, seed: int = 0) -> tuple[dict, dict]:
@@ -49,9 +55,8 @@ def statistics(by_method: dict[str, np.ndarray], reps: int, seed: int = 0) -> tu
     iqm, iqm_range = library.get_interval_estimates(
         by_method, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps
     )
-    pairs = {m: (x, by_method[BASELINE]) for m, x in by_method.items() if m != BASELINE}
-    pairs = pairs if BASELINE in by_method else {}
-    better, better_range = {}, {}
+    baseline, better, better_range = by_method.get(BASELINE), {}, {}
+    pairs = {m: (x, baseline) for m, x in by_method.items() if baseline is not None and m != BASELINE}
     if pairs:
         better, better_range = library.get_interval_estimates(
             pairs, metrics.probability_of_improvement, reps=reps
@@ -63,13 +68,19 @@ def statistics(by_method: dict[str, np.ndarray], reps: int, seed: int = 0) -> tu
 
 
 def draw(options: runs.Options, reps: int = 2000) -> list[Path]:
-    """Draws IQM of the final returns, and probability of improvement over PPO; writes both as text, too."""
-    groups, preset = runs.select(options)
-    by_method, tasks, seeds = scores(groups)
+    """Draws IQM of the final returns, and probability of improvement over PPO; writes both as text, too.
+
+    Args:
+        reps: Bootstrap samples.
+    """
+    if reps < 100:
+        runs.wrong("--reps", reps, "a number of bootstrap samples, at least 100")
+    groups, preset = runs.select(replace(options, unfinished=False))
+    by_method, tasks = scores(groups)
     iqm, better = statistics(by_method, reps)
-    figure, axes = style.panels(2, height=1.2)
+    figure, axes = style.panels(2 if better else 1, height=1.2)
     titles = ("interquartile mean of the final return", f"P(better than {METHODS[BASELINE]})")
-    for panel, values, title in zip(axes, (iqm, better), titles, strict=True):
+    for panel, values, title in zip(axes, (iqm, better), titles, strict=False):
         names = list(values)[::-1]
         for at, method in enumerate(names):
             estimate, low, high = values[method]
@@ -80,11 +91,12 @@ def draw(options: runs.Options, reps: int = 2000) -> list[Path]:
         panel.set(title=title, xlabel="", ylabel="", ylim=(-0.6, len(names) - 0.4))
         panel.grid(axis="y", visible=False)
     axes[0].set(xlabel="return", xlim=(0, None))
-    axes[1].set(xlabel="probability", xlim=(-0.02, 1.02))
-    axes[1].axvline(0.5, color="#777777", linewidth=0.8, dashes=(2, 2))
-    total = min(groups[m, t].total for m in by_method for t in tasks)
-    what = f"estimate and 95% bootstrap interval, stratified by task ({', '.join(tasks)}),"
-    text = style.note({len(seeds)}, total, preset).replace("mean and std", what)
+    if better:
+        axes[1].set(xlabel="probability", xlim=(-0.02, 1.02))
+        axes[1].axvline(0.5, color="#777777", linewidth=0.8, dashes=(2, 2))
+    what = f"estimate and 95% bootstrap interval, stratified by task ({', '.join(tasks)}), of"
+    mine = [groups[method, task] for method in by_method for task in tasks]
+    text = style.note(mine, preset, what, {len(x) for x in by_method.values()})
     style.finish(figure, [], text)
     lines = [text]
     for method in iqm:

@@ -16,7 +16,7 @@ def draw(options: runs.Options, skip: tuple[str, ...] = ()) -> list[Path]:
     """Draws what the logs allow and names what it cannot draw, and why.
 
     Args:
-        skip: Items to leave out: figure_1 trains small policies for a minute, figure_7 asks every saved one.
+        skip: Items to leave out: figure_1 trains small policies for minutes, figure_7 asks every saved one.
     """
     if unknown := set(skip) - set(ITEMS):
         runs.wrong("--skip", " ".join(sorted(unknown)), " ".join(ITEMS))
@@ -34,9 +34,10 @@ def draw(options: runs.Options, skip: tuple[str, ...] = ()) -> list[Path]:
             if item == "figure_3" and blind:
                 raise blind
             written += import_module(f"plotting.{item}").draw(options)
-        except runs.CannotDraw as error:
-            undrawn[item] = error
-            print(f"cannot draw: {error}")
+        except Exception as error:  # whatever it is, the other items come
+            kind = "" if isinstance(error, runs.CannotDraw) else f"{type(error).__name__}: "
+            undrawn[item] = f"{kind}{error}"
+            print(f"cannot draw: {undrawn[item]}")
     print(f"\ndrawn: {', '.join(dict.fromkeys(file.stem for file in written)) or 'nothing'}")
     for item, error in undrawn.items():
         print(f"not drawn: {item}: {error}")

@@ -13,6 +13,9 @@ import tyro
 
 from plotting import policies, runs
 
+COLUMNS = ("seed", "step", "deterministic", "env_seed", "episodes")
+COLUMNS += tuple(f"return_{name}" for name in ("mean", "std", "min", "max", "iqm"))
+
 
 def evaluate(
     run_dir: Annotated[Path, tyro.conf.Positional],
@@ -46,28 +49,21 @@ def evaluate(
     env_seed, file = seed if env_seed is None else env_seed, out or run_dir / "evaluations.csv"
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         runs.wrong("--out", file, "a file that can be written, in a folder that is there")
+    if file.exists() and file.stat().st_size and file.read_text().splitlines()[0] != ",".join(COLUMNS):
+        runs.wrong("--out", file, "a new file, or one that this command has written")
     print(
         f"{script.__name__}, {args.env_id}, step {step:,}, seed {seed}, environment seed {env_seed}: running"
     )
     returns, _ = policies.evaluate(script, args, policy, step, env_seed, episodes, not stochastic)
     middle = np.sort(returns)[episodes // 4 : episodes - episodes // 4]
-    row = {
-        "seed": seed,
-        "step": step,
-        "deterministic": int(not stochastic),
-        "env_seed": env_seed,
-        "episodes": episodes,
-        "return_mean": returns.mean(),
-        "return_std": returns.std(),
-        "return_min": returns.min(),
-        "return_max": returns.max(),
-        "return_iqm": middle.mean(),
-    }
+    numbers = (returns.mean(), returns.std(), returns.min(), returns.max(), middle.mean())
+    row = dict(zip(COLUMNS, (seed, step, int(not stochastic), env_seed, episodes, *numbers), strict=True))
     print(", ".join(f"{k.removeprefix('return_')} {v:.1f}" for k, v in row.items() if k.startswith("return")))
-    print(f"standard error of the mean {returns.std() / np.sqrt(episodes):.2g}")
+    if episodes > 1:
+        print(f"standard error of the mean {returns.std(ddof=1) / np.sqrt(episodes):.2g}")
     with file.open("a") as rows:
-        header = "" if file.stat().st_size else ",".join(row) + "\n"
-        rows.write(header + ",".join(f"{v:.7g}" for v in row.values()) + "\n")
+        header = "" if file.stat().st_size else ",".join(COLUMNS) + "\n"
+        rows.write(header + ",".join(str(v) if type(v) is int else f"{v:.7g}" for v in row.values()) + "\n")
     return [file]
 
 

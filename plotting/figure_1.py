@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from plotting import policies, runs, style
-from plotting.figure_7 import bimodality, kernel_density
+from plotting.figure_7 import dip, kernel_density
 
 PEAK, WIDTH, TEMPERATURE = 1.2, 0.5, 0.2  # where in u the reward's peaks are, how wide; of the best policy
 METHODS = ("ppo_gaussian", "fpo", "gorl_fm_ppo")
@@ -68,7 +68,7 @@ def two_peaks() -> Any:
 
 
 def fitted_flow(samples: np.ndarray, draws: int) -> np.ndarray:
-    """u (draws,) of a flow trained on samples (n,) by gorl_fm_ppo.py's decoder training."""
+    """u (draws,) of a flow trained on samples (n,) by gorl_fm_ppo.py's decoder training, batches of 1024."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -113,7 +113,7 @@ def trained(script: ModuleType, iterations: int, seeds: int, draws: int) -> np.n
 
 
 def draw(options: runs.Options, iterations: int = 96, seeds: int = 3, draws: int = 10_000) -> list[Path]:
-    """Trains and draws Figure 1 (some minutes on a CPU); numbers go to figure_1.json.
+    """Trains and draws Figure 1 (some minutes on a CPU); numbers go to figure_1.json. No logs are read.
 
     Args:
         iterations: Training iterations on the right, of 2048 steps each.
@@ -126,7 +126,7 @@ def draw(options: runs.Options, iterations: int = 96, seeds: int = 3, draws: int
     policies.prepare_jax()
     x = np.linspace(-4, 4, 801)
     best = best_policy(x)
-    samples = np.random.default_rng(0).choice(x, 32_768, p=best / best.sum())
+    samples = np.random.default_rng(0).choice(x, 16_384, p=best / best.sum())
     flow, gaussian = (
         fitted_flow(samples, draws),
         np.random.default_rng(1).normal(samples.mean(), samples.std(), draws),
@@ -138,30 +138,40 @@ def draw(options: runs.Options, iterations: int = 96, seeds: int = 3, draws: int
         "temperature": TEMPERATURE,
     }
 
-    def add(panel: Any, method: str, name: str, u: np.ndarray, only: bool = True) -> None:
-        gain, dip = bimodality(u[:, None])
+    def add(panel: Any, method: str, name: str, u: np.ndarray, scale: bool = False) -> None:
+        density = kernel_density(u, x)
         got = {
             "mean_reward": float(np.mean(reward(u))),
             "between_peaks": float((np.abs(u) < PEAK / 2).mean()),
         }
-        record.setdefault(name, []).append(got | {"gain": gain, "dip": dip})
-        panel.plot(x, kernel_density(u, x), label=name if only else None, linewidth=1.1, **style.line(method))
-        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in record[name][-1].items()))
-
-    for panel in (left, right):
-        panel.fill_between(
-            x, best, color="#56B4E9", alpha=0.35, linewidth=0, label="best policy, exp(reward / 0.2)"
+        record.setdefault(name, []).append(
+            got | {"dip": dip(density), "mean": float(u.mean()), "std": float(u.std())}
         )
-        panel.set(xlabel="u", yticks=[], ylabel="density", xlim=(-4, 4))
-        panel.grid(visible=False)
+        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in record[name][-1].items()))
+        label = name if len(record[name]) == 1 else None
+        panel.plot(
+            x, density / density.max() if scale else density, label=label, linewidth=1.1, **style.line(method)
+        )
+
+    blue = {"color": "#56B4E9", "alpha": 0.35, "linewidth": 0}
+    left.fill_between(x, best, label=f"best policy at temperature {TEMPERATURE}", **blue)
     add(left, "ppo_gaussian", "closest Gaussian", gaussian)
-    add(left, "gorl_fm_ppo", "flow, by GoRL(FM)'s decoder training", flow)
-    left.set_title("fitted to the best policy's actions")
+    add(left, "gorl_fm_ppo", "flow, GoRL(FM)'s decoder training", flow)
+    left.set(title="fitted to the best policy's actions", ylabel="density")
+    right.fill_between(x, np.asarray(reward(x)), label="reward", **blue | {"color": "#CC79A7"})
     for method in METHODS:
-        for i, u in enumerate(trained(runs.script_of(method), iterations, seeds, draws)):
-            add(right, method, f"{style.label(method)}, trained", u, i == 0)
-    right.set(title=f"trained on the reward, {seeds} seeds", ylim=left.get_ylim())
-    style.finish(figure, [left, right], "one state, one action, a reward with two equal peaks", columns=3)
+        for u in trained(runs.script_of(method), iterations, seeds, draws):
+            add(right, method, style.label(method), u, scale=True)
+    right.set(title=f"trained on the reward, {seeds} seeds", ylabel="reward; density, scaled to its top")
+    for panel in (left, right):
+        panel.set(xlabel="u", xlim=(-4, 4), ylim=(0, None))
+        panel.grid(visible=False)
+    means = {style.label(m): [r["mean_reward"] for r in record[style.label(m)]] for m in METHODS}
+    got = "; ".join(f"{name} {', '.join(f'{r:.2f}' for r in rewards)}" for name, rewards in means.items())
+    text = (
+        f"one state, one action, a reward with two equal peaks of 1; mean reward on the right, by seed: {got}"
+    )
+    style.finish(figure, [left, right], text, columns=4)
     files = style.save(figure, options.out, "figure_1")
     (file := options.out / "figure_1.json").write_text(json.dumps(record, indent=1))
     return [*files, file]

@@ -29,7 +29,7 @@ def picture(env_id: str, seconds: float, height: int, width: int) -> np.ndarray:
 
 
 def draw(options: runs.Options, seconds: float = 0.2) -> list[Path]:
-    """Renders a frame of each of the paper's tasks; CannotDraw without OpenGL."""
+    """Renders a frame of each of the paper's tasks; no logs are read. CannotDraw without OpenGL."""
     render.pick_backend()
     figure, axes = style.panels(len(TASKS), height=1.6)
     for panel, task in zip(axes, TASKS, strict=True):

@@ -33,9 +33,7 @@ def draw(options: runs.Options) -> list[Path]:
             line = panel.axvline(step / 1e6, color="#777777", linewidth=0.8, dashes=(2, 2), zorder=0)
             line.set_label("decoder refined (GoRL)")
         panel.set(title=task, xlim=(0, None), ylim=(0, None))
-    counts = {len(group.curves) for group in groups.values()}
-    total = min(group.total for group in groups.values())
-    style.finish(figure, axes, style.note(counts, total, preset), columns=3)
+    style.finish(figure, axes, style.note(groups.values(), preset), columns=3)
     return style.save(figure, options.out, "figure_4")
 
 

@@ -18,24 +18,26 @@ from plotting.paper import BETAS
 
 
 def sweep(options: runs.Options, method: str, env_id: str) -> tuple[dict[float, runs.Group], str]:
-    """The runs that differ from their preset in beta alone, by beta, and the preset; CannotDraw if under two.
+    """The runs that differ in beta alone (and --where), by beta, and their preset; CannotDraw if under two.
 
     A beta for each stage is no value of the sweep.
     """
     groups = runs.load(options.runs, options.unfinished)
-    preset, found = runs.pick_preset(groups, options), {}
-    for group in groups:
-        if (group.method, group.task, group.preset) != (method, env_id, preset):
-            continue
-        default = runs.preset_args(method, preset)["kl_coef"]
-        beta = group.settings.get("kl_coef", list(default))
-        if set(group.settings) <= {"kl_coef"} and len(set(beta)) == 1:
-            found[beta[0]] = group
+    where, found = runs.asked(options, groups), {}
+    mine = [g for g in groups if (g.method, g.task) == (method, env_id)]
+    mine = [g for g in mine if runs.as_asked(g, where, free=("kl_coef",))]
+    preset = runs.pick_preset(mine, options)
+    mine.sort(key=lambda g: len(g.settings.get("kl_coef", [])))  # one value before one a stage
+    for group in (g for g in mine if g.preset == preset):
+        betas = set(group.settings.get("kl_coef", runs.preset_args(method, preset)["kl_coef"]))
+        if len(betas) > 1 or betas & set(found):
+            print(f"left out: {group}")
+        else:
+            found[betas.pop()] = group
     if len(found) < 2:
         have = f"only beta {', '.join(map(str, found))}" if found else "none"
-        raise runs.CannotDraw(
-            f"a sweep needs runs of {method}.py on {env_id} with two values of --kl-coef: {have}"
-        )
+        what = f"runs of {method}.py on {env_id}, preset {preset}, with two values of --kl-coef"
+        raise runs.CannotDraw(f"a sweep needs {what}; there: {have}")
     return dict(sorted(found.items())), preset
 
 
@@ -61,8 +63,7 @@ def draw(
     right.set_xticks(at, [f"{beta:g}" for beta in groups])
     right.set(xlabel=r"$\beta$", ylabel="final return", ylim=(0, None))
     left.set(title=f"{style.label(method)}, {env_id}", xlim=(0, None), ylim=(0, None))
-    counts, total = {len(g.curves) for g in groups.values()}, min(g.total for g in groups.values())
-    text = style.note(counts, total, preset)
+    text = style.note(groups.values(), preset)
     if missing := [f"{beta:g}" for beta in BETAS if beta not in groups]:
         text += f"; of the paper's sweep, {', '.join(missing)} not run"
     style.finish(figure, [left], text, columns=4)

@@ -19,28 +19,21 @@ from plotting.paper import STAGE_TASKS, TASKS
 def by_stage(options: runs.Options, method: str) -> tuple[dict[str, dict[int, runs.Group]], str]:
     """Runs on a frozen decoder, by task and decoder's stage, and their preset; CannotDraw if there is none.
 
-    Beside the decoder they may differ from the preset in length alone; of several lengths of a task, the
-    one with the most stages is drawn, or the longest of those.
+    Beside decoder and --where they may differ from the preset in length alone. Of several lengths of a task,
+    the one with the most stages is drawn, or the longest of those.
     """
     groups = runs.load(options.runs, options.unfinished)
-    lengths = {"total_timesteps", "stage_timesteps"}
-    mine = [
-        g
-        for g in groups
-        if g.method == method
-        and "decoder_from" in g.settings
-        and set(g.settings) <= {"decoder_from"} | lengths
-    ]
-    presets = {g.preset for g in mine}
-    preset = options.preset if options.preset != "auto" else "paper" if "paper" in presets else "cpu"
+    where, free = runs.asked(options, groups), ("decoder_from", "total_timesteps", "stage_timesteps")
+    mine = [g for g in groups if g.method == method and "decoder_from" in g.settings]
+    mine = [g for g in mine if runs.as_asked(g, where, free)]
+    preset = runs.pick_preset(mine, options)
     found: dict[str, dict[int, dict[int, runs.Group]]] = {}
-    for g in mine:
-        if g.preset == preset:
-            found.setdefault(g.task, {}).setdefault(g.total, {})[g.settings["decoder_from"]] = g
+    for group in (g for g in mine if g.preset == preset):
+        stages = found.setdefault(group.task, {}).setdefault(group.total, {})
+        if stages.setdefault(group.settings["decoder_from"], group) is not group:
+            print(f"left out: {group}")
     if not found:
-        raise runs.CannotDraw(
-            f"no finished run of {method}.py on a frozen decoder (--decoder-from RUN_DIR:STAGE)"
-        )
+        raise runs.CannotDraw(f"no finished run of {method}.py with --decoder-from RUN_DIR:STAGE")
     best = {}
     for task in sorted(found, key=[*TASKS, *found].index):
         total = max(found[task], key=lambda total: (len(found[task][total]), total))
@@ -65,8 +58,7 @@ def draw(
             style.band(panel, steps, *runs.mean_std(returns), label=name, color=colour)
         panel.set(title=f"{style.label(method)}, {task}", xlim=(0, None), ylim=(0, None))
     every = [group for stages in tasks.values() for group in stages.values()]
-    counts, total = {len(g.curves) for g in every}, max(g.total for g in every)
-    text = style.note(counts, total, preset, paper=60_000_000)
+    text = style.note(every, preset, paper=60_000_000)
     if missing := [task for task in STAGE_TASKS if task not in tasks]:
         text += f"; {' and '.join(missing)} not run"
     style.finish(figure, axes, text, columns=4)

@@ -2,10 +2,11 @@
 
     python -m plotting.figure_7 --runs results runs --out figures
 
-The paper shows densities and leaves the number of peaks to the eye. Here two numbers go with each, over all
-dimensions of u: the *gain*, how much likelier a mixture of two Gaussians makes held-out samples than one does
-(nats a sample; about 0 if one is enough), and the *dip* between the mixture's two peaks (1 minus
-the lowest density on the ridge between them over the lower peak's; 0 if there is one peak).
+The paper shows densities and leaves the number of peaks to the eye. Here two numbers go with each: the
+*gain*, how much likelier a mixture of two Gaussians makes held-out samples than one Gaussian does (nats a
+sample, over all dimensions of u; 0 if one is enough, more for two peaks, but also for skewed or heavy-tailed
+samples), and the *dip* of the curve that is drawn, its deepest valley as a share of the lower of the peaks
+around it (0: one peak).
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import gaussian_kde, multivariate_normal
+from scipy.stats import gaussian_kde
 from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
@@ -27,44 +28,35 @@ BANDWIDTH = 0.8
 THIRDS = (1 / 3, 2 / 3, 1.0)  # 60M (before the first refinement), 120M and 180M steps
 
 
-def bimodality(samples: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Gain (nats a sample) and dip of samples (n, d): fitted on one half of them, scored on the other."""
-    half = len(samples) // 2
+def gain(samples: np.ndarray, seed: int = 0) -> float:
+    """Nats a sample by which two Gaussians beat one on half of the samples (n, d), fitted on the others."""
     shuffled = np.random.default_rng(seed).permutation(samples)
-    shuffled = (shuffled - shuffled.mean(0)) / np.maximum(shuffled.std(0), 1e-12)  # changes neither number
-    train, test = shuffled[:half], shuffled[half:]
+    shuffled = (shuffled - shuffled.mean(0)) / np.maximum(shuffled.std(0), 1e-12)  # changes nothing
+    train, test = np.array_split(shuffled, 2)
     with threadpool_limits(1):  # so small a fit takes fifty times as long on threads that wait for each other
         one, two = (GaussianMixture(n, n_init=2 * n - 1, random_state=seed).fit(train) for n in (1, 2))
-        gain = two.score(test) - one.score(test)
-    return float(gain), dip(two.weights_, two.means_, two.covariances_)
+        return float(two.score(test) - one.score(test))
 
 
-def dip(weights: np.ndarray, means: np.ndarray, covariances: np.ndarray) -> float:
-    """The dip between the peaks of a mixture of two Gaussians (2,), (2, d), (2, d, d); 0 if it has one peak.
+def dip(density: np.ndarray) -> float:
+    """The deepest valley of a density (m,) along a line, as a share of the lower of the peaks around it.
 
-    All stationary points lie on the ridge x(a) (Ray and Lindsay 2005, "The topography of multivariate normal
-    mixtures", Eq. 4), so it is enough to look there.
+    Peaks under a twentieth of the highest do not count: single samples make some in the tails.
     """
-    precisions = np.linalg.inv(covariances)
-    share = np.linspace(0, 1, 2001)[:, None, None]
-    weighted = (1 - share) * precisions[0] + share * precisions[1]
-    towards = (1 - share[..., 0]) * (precisions[0] @ means[0]) + share[..., 0] * (precisions[1] @ means[1])
-    ridge = np.linalg.solve(weighted, towards[..., None])[..., 0]
-    parts = zip(weights, means, covariances, strict=True)
-    density = sum(w * multivariate_normal(mean, cov).pdf(ridge) for w, mean, cov in parts)
-    # Going up, then down, then up again: the lower of the best before and the best after each point.
-    lower_peak = np.minimum(np.maximum.accumulate(density), np.maximum.accumulate(density[::-1])[::-1])
-    return float(np.max(1 - density / lower_peak))
+    around = np.minimum(np.maximum.accumulate(density), np.maximum.accumulate(density[::-1])[::-1])
+    counts = around > density.max() / 20
+    return float(np.max(1 - density[counts] / around[counts]))
 
 
 def common_projection(groups: list[np.ndarray]) -> np.ndarray:
-    """The first principal component (d,) of groups of samples (n, d), each about its mean, equally weighted.
+    """The first principal component (d,) of groups of samples (n, d), each about its mean, of equal variance.
 
-    About their own means, so that the axis shows how policies spread and not how they differ; its largest
-    entry is positive.
+    So the axis shows how policies spread and not how they differ, and no wide policy decides it alone. Its
+    largest entry is positive.
     """
-    covariance = np.mean([np.cov(samples.T).reshape(samples.shape[1], -1) for samples in groups], axis=0)
-    axis = np.linalg.eigh(covariance)[1][:, -1]
+    covariances = [np.atleast_2d(np.cov(samples.T)) for samples in groups]
+    mean = np.mean([covariance / max(np.trace(covariance), 1e-12) for covariance in covariances], axis=0)
+    axis = np.linalg.eigh(mean)[1][:, -1]
     return axis * np.sign(axis[np.argmax(np.abs(axis))])
 
 
@@ -82,11 +74,15 @@ def fixed_observations(env: Any, seed: int, count: int) -> np.ndarray:
 
 
 def wanted_steps(group: runs.Group, run: Path) -> list[int | None]:
-    """The saved policies' steps at a third, two thirds and the end of training; None where there is none."""
+    """The saved policies' steps at a third, two thirds and the end of training; None where there is none.
+
+    They are GoRL's ends of stages, before the decoder is refined. A baseline's policy of 60M steps is of the
+    first iteration that has them, which may be the one after that.
+    """
     saved, args = policies.saved_steps(run), runs.read_args(run)
     size = args["batch_size"] * args["num_minibatches"] * args["unroll_length"]
     steps = [int((2 * third * group.total + size) // (2 * size) * size) for third in THIRDS]
-    return [step if step in saved else None for step in steps]
+    return [next((s for s in (step, step + size) if s in saved), None) for step in steps]
 
 
 def draw(
@@ -102,7 +98,7 @@ def draw(
         env_id: The task.
         samples: Actions of each policy at each state.
         state_seed: The state is the first that the environment's reset gives for this seed.
-        num_states: Gain and dip are also taken at this many of its initial states; the first one is drawn.
+        num_states: The gain is also taken at this many of its initial states; the first one is drawn.
 
     State, direction and all numbers are written to figure_7.json. A line a seed.
     """
@@ -141,7 +137,8 @@ def draw(
     if not drawn:
         raise runs.CannotDraw(f"no policy on {env_id} could be read")
     axis = common_projection([u[0] for u in drawn.values()])
-    numbers = {key: np.array([bimodality(u) for u in us]) for key, us in drawn.items()}
+    gains = {key: [gain(u) for u in us] for key, us in drawn.items()}
+    dips = {}
 
     methods = [m for m in [*METHODS, *mine] if any(key[0] == m for key in drawn)]
     methods = list(dict.fromkeys(methods))
@@ -155,12 +152,13 @@ def draw(
             keys = [key for key in drawn if key[0] == method and key[2] == column]
             for key in keys:
                 density = kernel_density(drawn[key][0] @ axis, x)
+                dips[key] = dip(density)
                 panel.plot(x, density, color=style.line(method)["color"], linewidth=0.9, alpha=0.9)
                 panel.fill_between(x, density, color=style.line(method)["color"], alpha=0.12, linewidth=0)
             text = "no policy saved"
             if keys:
-                gain, dips = np.mean([numbers[key][0] for key in keys], axis=0)
-                text = f"gain {gain:.3f}\ndip {dips:.2f}"
+                mean_gain, mean_dip = np.mean([(gains[key][0], dips[key]) for key in keys], axis=0)
+                text = f"gain {mean_gain:.3f}\ndip {mean_dip:.2f}"
             panel.annotate(text, (0.98, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=6)
             panel.set(yticks=[], xlim=(x[0], x[-1]), ylim=(0, None))
             panel.grid(visible=False)
@@ -169,12 +167,9 @@ def draw(
         row[0].set_ylabel(style.label(method))
     for panel in panels[-1]:
         panel.set_xlabel("u along the first principal component")
-    counts, total = (
-        {len(group.curves) for group in mine.values()},
-        min(group.total for group in mine.values()),
-    )
-    kind = f"{env_id}, density of {samples:,} u at one state, a line a seed: "
-    text = kind + style.note(counts, total, preset).replace("mean and std over ", "")
+    counts = {len({seed for m, seed, _ in drawn if m == method}) for method in methods}
+    kind = f"{env_id}, density of {samples:,} u at one state, a line a seed (gain and dip: their mean):"
+    text = style.note([mine[method] for method in methods], preset, kind, counts)
     style.finish(figure, [], text)
     record = {
         "env_id": env_id,
@@ -191,10 +186,9 @@ def draw(
                 "run": str(mine[method].curves[seed].run),
                 "u_mean": us[0].mean(0).tolist(),
                 "u_std": us[0].std(0).tolist(),
-                "gain": numbers[method, seed, column][0, 0],
-                "dip": numbers[method, seed, column][0, 1],
-                f"gain_mean_{num_states}_states": numbers[method, seed, column][:, 0].mean(),
-                f"dip_mean_{num_states}_states": numbers[method, seed, column][:, 1].mean(),
+                "gain": gains[method, seed, column][0],
+                f"gain_mean_{num_states}_states": float(np.mean(gains[method, seed, column])),
+                "dip": dips[method, seed, column],
             }
             for (method, seed, column), us in drawn.items()
         ],

@@ -4,7 +4,9 @@ python -m plotting.pack runs/HopperStand__gorl_fm_ppo__1__1795398135 --note "the
 """
 
 import json
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +16,12 @@ import tyro
 from plotting import policies, runs
 
 COLUMNS = ("folder", "command", "commit", "device", "wall time", "what it shows")
-LARGEST = 2**20  # bytes of a file that is worth keeping in a repository
+LARGEST = 2**20  # bytes of a policy file that is worth keeping in a repository
+PRIVATE = {"runs_dir": "runs", "resume": None, "track": False, "wandb_entity": None}  # nobody else's business
 
 
 def command_of(args: dict[str, Any]) -> str:
-    """The command line that gives a run of these arguments (an args.json), from its preset's defaults."""
+    """The command line that gives a run of these arguments (an args.json) with the script as it is now."""
     script = args["versions"]["script"]
     default = runs.preset_args(Path(script).stem, args.get("preset", "paper"))
     words = ["python", script] + ["--preset", "cpu"] * (args.get("preset") == "cpu")
@@ -26,14 +29,14 @@ def command_of(args: dict[str, Any]) -> str:
     follows = "stage_timesteps" if stages in (None, runs.default_stages(total)) else "total_timesteps"
     for name, value in args.items():
         usual = list(u) if isinstance(u := default.get(name), tuple) else u
-        if name in ("preset", "versions", "runs_dir", "resume", follows) or value in (usual, None):
+        if name in (*PRIVATE, "preset", "versions", follows) or value in (usual, None):
             continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
             words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def pack(
@@ -57,8 +60,16 @@ def pack(
     except ValueError as error:
         runs.wrong("RUN_DIR", f"{run_dir} ({error})", "a finished run")
     commit = args["versions"].get("git_commit")
+    now = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=runs.ROOT, capture_output=True, text=True
+    )
     if not commit or "dirty" in commit:
         print(f"warning: made at commit {commit}: nobody can run that again", file=sys.stderr)
+    elif commit != now.stdout.strip().removesuffix("-dirty"):
+        print(
+            f"warning: the command is that of today's scripts; check its defaults at {commit}",
+            file=sys.stderr,
+        )
     name = name or run_dir.resolve().name
     folder, readme = to / name, to / "README.md"
     if not to.is_dir():
@@ -75,19 +86,21 @@ def pack(
         "what it shows": note or "a run",
     }
     if bad := [key for key, value in about.items() if "|" in value or "\n" in value]:
-        runs.wrong(f"--{bad[0]}", about[bad[0]], "text without | and line breaks, which a table cannot hold")
+        given = {"what it shows": "--note", "folder": "--name"}.get(bad[0], f"--{bad[0]}")
+        runs.wrong(given, about[bad[0]], "text without | and line breaks, which a table cannot hold")
     aside = to / f"unfinished_{run_dir.resolve().name}"
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "checkpoints").mkdir(parents=True)
-    args["runs_dir"] = Path(args["runs_dir"]).name  # no path of the machine it ran on
-    args["resume"] = None
+    args |= {name: value for name, value in PRIVATE.items() if name in args}
+    if args.get("decoder_from"):
+        args["decoder_from"] = Path(args["decoder_from"]).name
     (aside / "args.json").write_text(json.dumps(args, indent=1))
     saved = [run_dir / "checkpoints" / f"policy_{step}.npz" for step in policies.saved_steps(run_dir)]
     for file in [*sorted(run_dir.glob("*.csv")), *saved]:
-        if file.stat().st_size > LARGEST:
+        if file in saved and file.stat().st_size > LARGEST:
             print(f"left out: {file}, {file.stat().st_size / LARGEST:.1f} MB", file=sys.stderr)
-            continue
-        shutil.copy(file, aside / file.relative_to(run_dir))
+        else:
+            shutil.copy(file, aside / file.relative_to(run_dir))
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside.rename(folder)
     add_row(readme, about)
@@ -105,7 +118,8 @@ def add_row(readme: Path, about: dict[str, str]) -> None:
     while at + 1 < len(lines) and lines[at + 1].startswith("|"):
         at += 1
     lines.insert(at + 1, row)
-    readme.write_text("\n".join(lines) + "\n")
+    (aside := readme.with_suffix(".tmp")).write_text("\n".join(lines) + "\n")
+    aside.replace(readme)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Saved policies: opening one, and letting it act, by the functions of the script that trained it."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,8 @@ def prepare_jax() -> None:
 
 def saved_steps(run: Path) -> list[int]:
     """Steps of which a run directory has a policy file, in order."""
-    return sorted(int(file.stem.split("_")[1]) for file in run.glob("checkpoints/policy_*.npz"))
+    names = (re.fullmatch(r"policy_(\d+)\.npz", file.name) for file in run.glob("checkpoints/*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def open_run(run: Path) -> tuple[ModuleType, Any]:
@@ -70,7 +72,7 @@ def evaluate(
 
     Initial states and noise follow from `env_seed` and the step as in training's own evaluations, so that a
     run's row of eval.csv comes out again for its own seed. Recorded: the first episode's qpos, qvel,
-    mocap_pos, mocap_quat (T, ...) and reward (T,).
+    mocap_pos, mocap_quat (T, ...), up to where its physics broke, if they did.
     """
     import jax
     import jax.numpy as jnp
@@ -88,7 +90,7 @@ def evaluate(
         envs, reward, _, broken = script.step_envs(args, env, envs, u)
         running &= ~broken
         reward = jnp.where(running, reward, 0.0)
-        return (envs, running, returns + reward), seen | ({"reward": reward[0]} if record else {})
+        return (envs, running, returns + reward), (seen, running[0])
 
     @jax.jit
     def run() -> tuple[Any, dict]:
@@ -98,5 +100,7 @@ def evaluate(
         carry, seen = jax.lax.scan(one_step, start, keys)
         return carry[2], seen
 
-    returns, seen = run()
-    return np.asarray(returns), {name: np.asarray(values) for name, values in seen.items()}
+    returns, (seen, running) = run()
+    return np.asarray(returns), {
+        name: np.asarray(values)[np.asarray(running)] for name, values in seen.items()
+    }

@@ -1,5 +1,6 @@
 """Pictures of MuJoCo scenes on machines without a display."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -27,13 +28,11 @@ def pick_backend() -> str:
         raise RuntimeError("pick_backend has to be called before mujoco is imported")
     asked = os.environ.get("MUJOCO_GL")
     for backend in [asked] if asked else ["egl", "osmesa"]:
-        environment = os.environ | {"MUJOCO_GL": backend}
-        if (
-            subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True).returncode
-            == 0
-        ):
-            os.environ["MUJOCO_GL"] = backend
-            return backend
+        environment, probe = os.environ | {"MUJOCO_GL": backend}, [sys.executable, "-c", PROBE]
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hang
+            if subprocess.run(probe, env=environment, capture_output=True, timeout=60).returncode == 0:
+                os.environ["MUJOCO_GL"] = backend
+                return backend
     tried = f"MUJOCO_GL={asked}" if asked else "EGL and OSMesa"
     raise CannotDraw(
         f"no OpenGL without a display ({tried} tried): install libegl1 with a driver, or libosmesa6"

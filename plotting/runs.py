@@ -6,8 +6,10 @@ agree in method, task, preset and every argument that matters to training; seeds
 
 import importlib
 import json
+import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import accumulate, pairwise
@@ -34,7 +36,7 @@ INCIDENTAL = {
     "eval_envs",
     "resume",
 }
-INCIDENTAL |= {"runs_dir", "exp_name", "track", "wandb_project_name", "wandb_entity", "checkpoint_minutes"}
+INCIDENTAL |= {"runs_dir", "track", "wandb_project_name", "wandb_entity"}
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,36 @@ class Options:
     where: tuple[str, ...] = ()  # draw runs that differ from their preset in just this: argument=value ...
     unfinished: bool = False  # draw runs that have not ended, too, as far as all their seeds have come
 
+    def __post_init__(self) -> None:
+        writable("--out", self.out)
+        if bad := [item for item in self.where if "=" not in item]:
+            wrong("--where", bad[0], "argument=value, as `left out` and `drawn` show them")
+
+
+def wrong(argument: str, got: Any, takes: str) -> None:
+    """Ends the program with one line on stderr and exit status 2."""
+    print(f"plotting: {argument}: got {got}; takes {takes}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def writable(argument: str, folder: Path) -> None:
+    """Ends the program unless `folder` can be made or written to: before any work, not after."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        wrong(argument, folder, "a folder that can be made and written to")
+
 
 class CannotDraw(Exception):
     """The logs do not allow a figure; the message says what is missing."""
 
 
 class Curve(NamedTuple):
-    """A seed's evaluations: steps and mean returns (S,), and the run they come from."""
+    """A seed's evaluations: steps and mean returns (S,), the run they come from and its commit."""
 
     steps: np.ndarray
     returns: np.ndarray
     run: Path
+    commit: str = "unknown"
 
 
 @dataclass(frozen=True)
@@ -69,13 +90,22 @@ class Group:
     preset: str
     settings: dict[str, Any]  # arguments that differ from the preset's
     total: int  # environment steps of a seed, as asked for
+    end: int  # that in whole iterations, where a finished run ends
     curves: dict[int, Curve] = field(default_factory=dict)  # by seed
 
     def __str__(self) -> str:
         different = "".join(f", {k}={shown(v)}" for k, v in self.settings.items())
         folders = ", ".join(sorted({str(curve.run) for curve in self.curves.values()}))
         seeds = f"seeds {', '.join(map(str, sorted(self.curves)))}, {self.total / 1e6:g}M steps"
+        commits = sorted({curve.commit for curve in self.curves.values()})
+        folders += f"; commits {', '.join(commits)}" * (len(commits) > 1)
         return f"{METHODS.get(self.method, self.method)}, {self.task}{different}: {seeds} ({folders})"
+
+    @property
+    def reached(self) -> int:
+        """Steps that every seed has come to: the total, once all are finished."""
+        last = min(int(curve.steps[-1]) for curve in self.curves.values())
+        return self.total if last == self.end else last
 
 
 def shown(value: Any) -> str:
@@ -94,11 +124,15 @@ def script_of(stem: str) -> ModuleType | None:
 
 @cache
 def preset_args(stem: str, preset: str) -> dict[str, Any]:
-    """What a script's preset sets each argument to; nothing for a script that is not here."""
-    if (script := script_of(stem)) is None:
+    """What a script's preset sets each argument to; nothing for a script that is not here or lacks `Args`."""
+    try:
+        if (script := script_of(stem)) is None:
+            return {}
+        args = script.Args(preset=preset)
+        return asdict(replace(args, **script.CPU_PRESET) if preset == "cpu" else args)
+    except Exception as error:  # a fork's script may do anything
+        print(f"{stem}.py: its arguments could not be read ({type(error).__name__}: {error})")
         return {}
-    args = script.Args(preset=preset)
-    return asdict(replace(args, **script.CPU_PRESET) if preset == "cpu" else args)
 
 
 def default_stages(total: int) -> list[int]:
@@ -118,10 +152,10 @@ def settings_of(args: dict[str, Any]) -> dict[str, Any]:
 
     Of `--decoder-from RUN_DIR:STAGE` only the stage: each seed may have a decoder of its own.
     """
-    default = preset_args(Path(args["versions"]["script"]).stem, args.get("preset", "paper"))
-    if not default:
+    stem = Path(args["versions"]["script"]).stem
+    if not (default := preset_args(stem, args.get("preset", "paper"))):
         return {}
-    default = default | {"stage_timesteps": default_stages(args["total_timesteps"])}
+    default = default | {"stage_timesteps": default_stages(args["total_timesteps"]), "exp_name": stem}
     different = {}
     for name, value in args.items():
         usual = list(u) if isinstance(u := default.get(name), tuple) else u
@@ -136,12 +170,20 @@ def read_args(run: Path) -> dict[str, Any]:
     """A run's args.json; ValueError if it is not one."""
     try:
         args = json.loads((run / "args.json").read_text())
-        int(args["seed"]), int(args["total_timesteps"]), str(args["env_id"]), args["versions"]["script"]
-        args["batch_size"] * args["num_minibatches"] * args["unroll_length"]
-    except KeyError as error:
-        raise ValueError(f"args.json lacks {error}") from None
-    except (OSError, ValueError, TypeError) as error:
+        if not isinstance(args, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
         raise ValueError(f"args.json is damaged or missing ({error})") from None
+    sizes = {"total_timesteps", "num_envs", "batch_size", "num_minibatches", "unroll_length"}
+    if missing := ({"env_id", "seed", "versions"} | sizes) - set(args):
+        raise ValueError(f"args.json lacks {', '.join(sorted(missing))}")
+    versions = args["versions"] if isinstance(args["versions"], dict) else {}
+    texts = [args["env_id"], args.get("preset", ""), versions.get("script")]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("args.json is damaged or of an old version: env_id, preset or versions/script")
+    numbers = [*(args[name] for name in sizes), args.get("num_seeds", 1)]
+    if not all(type(n) is int and n > 0 for n in numbers) or type(args["seed"]) is not int:
+        raise ValueError("args.json is damaged: its sizes and seeds are not numbers above 0")
     return args
 
 
@@ -181,23 +223,31 @@ def read_run(run: Path, unfinished: bool = False) -> tuple[dict[str, Any], dict[
             raise ValueError(f"eval.csv, seed {seed}: returns that are not finite, or steps out of order")
         if steps[-1] > last_step(args) or (steps[-1] < last_step(args) and not unfinished):
             raise ValueError(f"seed {seed} is not finished: at step {steps[-1]:.0f} of {last_step(args)}")
-        curves[seed] = Curve(steps, returns, run)
+        curves[seed] = Curve(steps, returns, run, str(args["versions"].get("git_commit")))
     return args, curves
 
 
 def find(paths: tuple[Path, ...]) -> list[Path]:
-    """Run directories in or under these folders, by name. A missing folder ends the program, status 2."""
+    """Run directories in or under these folders, also behind links: those with a time in their name first,
+    the newest before the others, then by name. A missing folder ends the program, status 2.
+    """
+    found, seen = set(), set()
     for path in paths:
         if not path.is_dir() and paths != Options.runs:
             wrong("--runs", path, "run directories, or folders that hold some")
-    found = {file.parent for path in paths for name in ("args.json", "eval.csv") for file in path.rglob(name)}
-    return sorted(found)
+        for folder, folders, files in os.walk(path, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            if {"args.json", "eval.csv"} & set(files):
+                found.add(Path(folder))
 
+    def order(run: Path) -> tuple[int, Path]:
+        time = re.search(r"__(\d{9,})(-\d+)?$", run.name)
+        return -int(time[1]) if time else 0, run
 
-def wrong(argument: str, got: Any, takes: str) -> None:
-    """Ends the program with one line on stderr and exit status 2."""
-    print(f"plotting: {argument}: got {got}; takes {takes}", file=sys.stderr)
-    raise SystemExit(2)
+    return sorted(found, key=order)
 
 
 @cache
@@ -213,7 +263,7 @@ def load(paths: tuple[Path, ...], unfinished: bool = False) -> tuple[Group, ...]
             print(f"skipped {run}: {error}")
             continue
         key = (method, args["env_id"], preset, args["total_timesteps"], json.dumps(settings, sort_keys=True))
-        group = Group(method, args["env_id"], preset, settings, args["total_timesteps"])
+        group = Group(method, args["env_id"], preset, settings, args["total_timesteps"], last_step(args))
         group = groups.setdefault(key, group)
         for seed, curve in curves.items():
             first = group.curves.setdefault(seed, curve)
@@ -225,43 +275,68 @@ def load(paths: tuple[Path, ...], unfinished: bool = False) -> tuple[Group, ...]
     return tuple(groups[key] for key in sorted(groups))
 
 
-def as_asked(group: Group, where: tuple[str, ...]) -> bool:
-    """Whether a group differs from its preset in just `where`, without arguments that its script lacks."""
-    if bad := [item for item in where if "=" not in item]:
-        wrong("--where", bad[0], "argument=value, as `left out` and `drawn` show them")
-    known = preset_args(group.method, "paper")
-    asked = {name.replace("-", "_"): value for name, _, value in (item.partition("=") for item in where)}
-    asked = {name: value for name, value in asked.items() if name in known}
-    return bool(known) and {name: shown(value) for name, value in group.settings.items()} == asked
+def items(value: Any) -> list[Any]:
+    """A setting as a list of numbers, where they are some: 0.1, "1e-1", [0.1] and "0.1" are the same."""
+    if not isinstance(value, list | tuple):
+        value = str(value).split(",")
+
+    def number(item: Any) -> Any:
+        try:
+            return float(item)
+        except (TypeError, ValueError):
+            return str(item)
+
+    return [number(item) for item in value]
 
 
-def pick_preset(groups: tuple[Group, ...], options: Options) -> str:
-    """The preset to draw: as asked for, or the paper's if it has been run."""
+def asked(options: Options, groups: tuple[Group, ...]) -> dict[str, str]:
+    """`--where` by argument; one that no script of the groups has ends the program."""
+    pairs = (item.partition("=") for item in options.where)
+    where = {name.strip("-").replace("-", "_"): value for name, _, value in pairs}
+    known = set().union(*(preset_args(g.method, "paper") for g in groups))
+    if groups and (unknown := sorted(set(where) - known)):
+        wrong("--where", unknown[0], "an argument of a script that has been run")
+    return where
+
+
+def as_asked(group: Group, where: dict[str, str], free: tuple[str, ...] = ()) -> bool:
+    """Whether a group differs from its preset in just `where` and, however it likes, in the `free` arguments.
+
+    Of `where`, only the arguments that its script has count.
+    """
+    default = preset_args(group.method, group.preset)
+    want = {k: items(v) for k, v in where.items() if k in default and items(v) != items(default[k])}
+    have = {k: items(v) for k, v in group.settings.items() if k not in free}
+    return bool(default) and have == {k: v for k, v in want.items() if k not in free}
+
+
+def pick_preset(groups: Iterable[Group], options: Options) -> str:
+    """The preset to draw: as asked for, or the paper's if one of these groups has it."""
     if options.preset != "auto":
         return options.preset
-    return "paper" if any(g.preset == "paper" and as_asked(g, options.where) for g in groups) else "cpu"
+    return "paper" if any(group.preset == "paper" for group in groups) else "cpu"
 
 
-def select(options: Options, quiet: bool = False) -> tuple[dict[tuple[str, str], Group], str]:
+def select(options: Options) -> tuple[dict[tuple[str, str], Group], str]:
     """The groups to draw by (method, task), in the paper's order, and their preset; names those left out.
 
     A group is drawn if it differs from its preset in nothing but `--where`. CannotDraw if there is none.
     """
     groups = load(options.runs, options.unfinished)
-    preset, chosen = pick_preset(groups, options), {}
+    where, chosen = asked(options, groups), {}
+    preset = pick_preset([group for group in groups if as_asked(group, where)], options)
     order = {name: i for i, name in enumerate((*METHODS, *TASKS))}
     for group in sorted(groups, key=lambda g: (order.get(g.method, 99), order.get(g.task, 99), g.task)):
-        if group.preset == preset and as_asked(group, options.where):
+        if group.preset == preset and as_asked(group, where):
             chosen[group.method, group.task] = group
-        elif not quiet:
+        else:
             print(f"left out: {group}")
     if not chosen:
-        asked = " ".join([preset, *(["--where", *options.where] if options.where else [])])
+        call = " ".join([preset, *(["--where", *options.where] if options.where else [])])
         found = ", ".join(sorted({g.preset for g in groups})) or "no run at all"
-        raise CannotDraw(f"no finished run with --preset {asked} (there: {found})")
-    if not quiet:
-        for group in chosen.values():
-            print(f"drawn: {group}")
+        raise CannotDraw(f"no finished run with --preset {call} (there: {found})")
+    for group in chosen.values():
+        print(f"drawn: {group}")
     return chosen, preset
 
 

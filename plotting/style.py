@@ -1,6 +1,7 @@
 """One look for all figures: fonts that stay text, colours that mean the same method everywhere."""
 
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from plotting import runs
 from plotting.paper import METHODS, SEEDS, TOTAL_TIMESTEPS
 
 # Okabe and Ito's colours, told apart by the colour-blind; dashes, for those who print in grey.
@@ -89,16 +91,29 @@ def grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     return plt.subplots(rows, columns, figsize=(WIDTH, 0.75 + 0.95 * rows), squeeze=False)
 
 
-def note(counts: set[int], total: int, preset: str, paper: int = TOTAL_TIMESTEPS) -> str:
-    """The line over a figure: what its bands are, how many seeds and steps, and where the paper has more."""
-    n = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    text = f"mean and std over {n} seed{'s' * (max(counts) > 1)}"
-    if min(counts) < SEEDS:
+def note(
+    groups: Iterable[runs.Group],
+    preset: str,
+    what: str = "mean and std over",
+    counts: set[int] | None = None,
+    paper: int = TOTAL_TIMESTEPS,
+) -> str:
+    """The line over a figure: what is drawn of how many seeds and steps, and where the paper has more.
+
+    `counts`: numbers of seeds, if they are not the groups' own.
+    """
+    groups = list(groups)
+    counts = counts or {len(group.curves) for group in groups}
+    few, many = min(counts), max(counts)
+    text = f"{what} {few if few == many else f'{few} to {many}'} seed{'s' * (many > 1)}"
+    if few < SEEDS:
         text += f", fewer than the paper's {SEEDS}"
     if preset != "paper":
         text += f"; --preset {preset}"
-    if total < paper:
-        text += f"; {total / 1e6:g}M steps, the paper has {paper / 1e6:g}M"
+    if (steps := min(group.reached for group in groups)) < paper:
+        text += f"; {steps / 1e6:.3g}M steps, the paper has {paper / 1e6:g}M"
+    if any(group.reached != group.total for group in groups):
+        text += "; unfinished"
     return text
 
 

@@ -4,6 +4,7 @@ python -m plotting.table_1 --runs results runs --out figures
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +15,20 @@ from plotting.paper import METHODS, SEEDS, TASKS, TOTAL_TIMESTEPS, reported
 FORMATS = {
     "txt": ("*{}*", "{} ± {}"),  # how the best and a mean and its std look
     "md": ("**{}**", "{} ± {}"),
-    "tex": ("\\textbf{{{}}}", "${} \\pm {}$"),
+    "tex": ("$\\mathbf{{{}}}$", "{} \\pm {}"),
 }
 
 
 def cells(groups: dict[tuple[str, str], runs.Group]) -> dict[tuple[str, str], dict]:
-    """By (method, task): our mean and std, the paper's, their difference, number of seeds, steps.
+    """By (method, task): our mean and std over seeds, the number of seeds, the step.
 
     Ours is each seed's last evaluation, of the last policy: nothing is selected.
     """
     found = {}
     for (method, task), group in groups.items():
-        returns = runs.final_returns(group)
-        paper, (mean, std) = reported(method, task), runs.mean_std(returns)
-        step = runs.align(group)[0][-1]
-        found[method, task] = {
-            "ours": (float(mean), float(std)),
-            "paper": paper,
-            "difference": float(mean) - paper[0] if paper else None,
-            "seeds": len(returns),
-            "steps": int(step),
-        }
+        mean, std = runs.mean_std(returns := runs.final_returns(group))
+        step = int(runs.align(group)[0][-1])
+        found[method, task] = {"ours": (float(mean), float(std)), "seeds": len(returns), "steps": step}
     return found
 
 
@@ -44,40 +38,31 @@ def best(means: dict[str, float]) -> set[str]:
 
 
 def rows(found: dict[tuple[str, str], dict], kind: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table in one of FORMATS: four rows a method, a column a task."""
+    """Header and rows of the table in one of FORMATS: a row a method of every task that has a run."""
     bold, plus_minus = FORMATS[kind]
     methods = [*METHODS, *sorted({m for m, _ in found} - set(METHODS))]
-    tasks = [*TASKS, *sorted({t for _, t in found} - set(TASKS))]
-    ours = {t: best({m: found[m, t]["ours"][0] for m in methods if (m, t) in found}) for t in tasks}
-    papers = {t: best({m: p[0] for m in methods if (p := reported(m, t))}) for t in tasks}
+    order = [*TASKS, *sorted({t for _, t in found} - set(TASKS))]
+    table = []
 
     def pair(value: tuple[float, float] | None, digits: int, marked: bool) -> str:
         if value is None:
             return "-"
         mean, std = (f"{x:.{digits}f}" for x in value)
-        text = plus_minus.format(mean, std) if not np.isnan(value[1]) else mean
-        return bold.format(text) if marked else text
+        text = mean if np.isnan(value[1]) else plus_minus.format(mean, std)
+        return bold.format(text) if marked else f"${text}$" if kind == "tex" else text
 
-    table = []
-    for method in methods:
-        mine = [found.get((method, task), {}) for task in tasks]
-        name = METHODS.get(method, method)
-        name = name.replace("_", "\\_") if kind == "tex" else name
-        table += [
-            [
-                name,
-                "ours",
-                *(pair(c.get("ours"), 1, method in ours[t]) for c, t in zip(mine, tasks, strict=True)),
-            ],
-            ["", "paper", *(pair(reported(method, t), 2, method in papers[t]) for t in tasks)],
-            [
-                "",
-                "ours - paper",
-                *("-" if c.get("difference") is None else f"{c['difference']:+.1f}" for c in mine),
-            ],
-            ["", "seeds x steps", *(f"{c['seeds']} x {c['steps'] / 1e6:.4g}M" if c else "-" for c in mine)],
-        ]
-    return ["", "", *tasks], table
+    for task in (t for t in order if any((m, t) in found for m in methods)):
+        ours = best({m: found[m, task]["ours"][0] for m in methods if (m, task) in found})
+        papers = best({m: paper[0] for m in methods if (paper := reported(m, task))})
+        for method in methods:
+            cell, paper, name = found.get((method, task)), reported(method, task), METHODS.get(method, method)
+            row = [task, name.replace("_", "\\_") if kind == "tex" else name]
+            row += [pair(cell and cell["ours"], 1, method in ours), pair(paper, 2, method in papers)]
+            row += [f"{cell['ours'][0] - paper[0]:+.1f}" if cell and paper else "-"]
+            row += [f"{cell['seeds']} x {cell['steps'] / 1e6:.4g}M" if cell else "not run"]
+            if cell or paper:
+                table.append(row)
+    return ["task", "method", "ours", "the paper", "ours - paper", "our seeds x steps"], table
 
 
 def notes(found: dict[tuple[str, str], dict], preset: str) -> list[str]:
@@ -85,13 +70,15 @@ def notes(found: dict[tuple[str, str], dict], preset: str) -> list[str]:
     lines = [
         "Final return of the evaluation policy (the last, not the best), mean and std (n - 1) over seeds."
     ]
-    if min(c["seeds"] for c in found.values()) < SEEDS:
-        lines.append(f"Fewer seeds than the paper's {SEEDS}: see 'seeds x steps'.")
-    if min(c["steps"] for c in found.values()) < 0.99 * TOTAL_TIMESTEPS:
+    if min(cell["seeds"] for cell in found.values()) < SEEDS:
+        lines.append(f"Fewer seeds than the paper's {SEEDS}: see the last column.")
+    if min(cell["steps"] for cell in found.values()) < 0.99 * TOTAL_TIMESTEPS:
         lines.append(
-            f"Ours are runs with --preset {preset}, the paper's have {TOTAL_TIMESTEPS / 1e6:g}M steps: where "
-            "'seeds x steps' shows fewer, the difference says nothing about whether the paper reproduces."
+            f"The paper's runs have {TOTAL_TIMESTEPS / 1e6:g}M steps, ours are of --preset {preset}: where "
+            "the last column shows fewer, the difference says nothing about whether the paper reproduces."
         )
+    if missing := [task for task in TASKS if not any(t == task for _, t in found)]:
+        lines.append(f"Not run: {', '.join(missing)}.")
     return lines
 
 
@@ -108,16 +95,18 @@ def as_text(found: dict[tuple[str, str], dict], preset: str, kind: str) -> str:
         rule = "| " + " | ".join("-" * max(width, 3) for width in widths) + " |"
         return "\n".join([body[0], rule, *body[1:], "", *notes(found, preset)]) + "\n"
     body = [" & ".join(row).rstrip() + r" \\" for row in lined]
-    body = [line + r" \addlinespace" * (i % 4 == 0 < i < len(table)) for i, line in enumerate(body)]
-    comments = [f"% {note}" for note in notes(found, preset)]
-    columns = "ll" + "r" * (len(header) - 2)
-    frame = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule"]
-    return "\n".join([*comments, *frame, r"\end{tabular}"]) + "\n"
+    for i in range(len(table) - 1):
+        if table[i][0] != table[i + 1][0]:
+            body[i + 1] += r" \addlinespace"
+    text = " ".join(notes(found, preset)).replace("--", "-{}-")
+    body.append(rf"\bottomrule \multicolumn{{6}}{{p{{0.9\linewidth}}}}{{\footnotesize {text}}} \\")
+    frame = ["% needs booktabs", r"\begin{tabular}{llrrrr}", r"\toprule", body[0], r"\midrule", *body[1:]]
+    return "\n".join([*frame, r"\end{tabular}"]) + "\n"
 
 
 def draw(options: runs.Options) -> list[Path]:
-    """Writes Table 1 as text, Markdown and LaTeX (booktabs), and prints the text."""
-    groups, preset = runs.select(options)
+    """Writes Table 1 as text, Markdown and LaTeX (booktabs), and prints the text; of finished runs only."""
+    groups, preset = runs.select(replace(options, unfinished=False))
     found = cells(groups)
     options.out.mkdir(parents=True, exist_ok=True)
     files = [options.out / f"table_1.{kind}" for kind in FORMATS]

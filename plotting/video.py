@@ -3,6 +3,7 @@
 python -m plotting.video runs/HopperStand__gorl_fm_ppo__1__1795398135
 """
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -49,13 +50,13 @@ def video(
 
     env_seed = seed if env_seed is None else env_seed
     file = out or run_dir / f"video_{step}_seed_{seed}.mp4"
-    if not file.parent.is_dir() or file.suffix != ".mp4":
-        runs.wrong("--out", file, "a file .mp4 in a folder that is there")
+    if file.suffix != ".mp4" or file.is_dir() or not os.access(file.parent, os.W_OK):
+        runs.wrong("--out", file, "a file .mp4 in a folder that can be written to")
     print(
         f"{script.__name__}, {args.env_id}, step {step:,}, seed {seed}, environment seed {env_seed}: running"
     )
     returns, seen = policies.evaluate(script, args, policy, step, env_seed, 1, not stochastic, record=True)
-    env, states = script.make_env(args), {k: v for k, v in seen.items() if k != "reward"}
+    env = script.make_env(args)
     every = max(1, round(1 / (50 * env.dt)))  # control steps a frame
     aside = file.with_name(f"unfinished_{file.name}")
     writer = imageio_ffmpeg.write_frames(
@@ -64,11 +65,15 @@ def video(
     with warnings.catch_warnings():  # JAX warns of any child process; this one starts another program at once
         warnings.simplefilter("ignore", RuntimeWarning)
         writer.send(None)
-    states = {name: values[::every] for name, values in states.items()}
-    for picture in render.frames(args.env_id, env.mj_model, states, height, width):
-        writer.send(picture.tobytes())
-    writer.close()
-    aside.replace(file)
+    states = {name: values[::every] for name, values in seen.items()}
+    try:
+        for picture in render.frames(args.env_id, env.mj_model, states, height, width):
+            writer.send(picture.tobytes())
+        writer.close()
+        aside.replace(file)
+    finally:
+        writer.close()
+        aside.unlink(missing_ok=True)
     print(f"return {returns[0]:.1f}, {len(states['qpos'])} frames")
     return [file]
 

