@@ -68,13 +68,13 @@ def two_peaks() -> Any:
 
 
 def fitted_flow(samples: np.ndarray, draws: int) -> np.ndarray:
-    """u (draws,) of a flow trained on samples (n,) by gorl_fm_ppo.py's decoder training, batches of 1024."""
+    """u (draws,) of a flow trained on samples (n,) by gorl_fm_ppo.py's decoder training, batches of 256."""
     import jax
     import jax.numpy as jnp
     import optax
 
     script = runs.script_of("gorl_fm_ppo")
-    args = replace(script.Args(), decoder_batch_size=1024, decoder_learning_rate=1e-3)
+    args = replace(script.Args(), decoder_batch_size=256, decoder_learning_rate=1e-3)
     key = jax.random.PRNGKey(0)
     decoder = script.init_agent(args, 1, 1, key).decoder
     opt = optax.adam(args.decoder_learning_rate).init(decoder["net"])
@@ -82,7 +82,7 @@ def fitted_flow(samples: np.ndarray, draws: int) -> np.ndarray:
     epoch = jax.jit(
         lambda decoder, opt, i: script.decoder_epoch(args, len(samples), decoder, opt, ring, key, i)
     )
-    for i in range(20):
+    for i in range(10):
         decoder, opt, _ = epoch(decoder, opt, i)
     latent = jax.random.normal(jax.random.PRNGKey(1), (draws, 1))
     return np.asarray(script.decode(args, decoder, jnp.zeros((draws, 1)), latent))[:, 0]
@@ -162,7 +162,7 @@ def draw(options: runs.Options, iterations: int = 96, seeds: int = 3, draws: int
     for method in METHODS:
         for u in trained(runs.script_of(method), iterations, seeds, draws):
             add(right, method, style.label(method), u, scale=True)
-    right.set(title=f"trained on the reward, {seeds} seeds", ylabel="reward; density, scaled to its top")
+    right.set(title=f"trained on the reward, {seeds} seeds", ylabel="scaled to a top of 1")
     for panel in (left, right):
         panel.set(xlabel="u", xlim=(-4, 4), ylim=(0, None))
         panel.grid(visible=False)

@@ -60,16 +60,11 @@ def pack(
     except ValueError as error:
         runs.wrong("RUN_DIR", f"{run_dir} ({error})", "a finished run")
     commit = args["versions"].get("git_commit")
-    now = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=runs.ROOT, capture_output=True, text=True
-    )
+    same = ["git", "diff", "--quiet", str(commit).removesuffix("-dirty"), "--", args["versions"]["script"]]
     if not commit or "dirty" in commit:
         print(f"warning: made at commit {commit}: nobody can run that again", file=sys.stderr)
-    elif commit != now.stdout.strip().removesuffix("-dirty"):
-        print(
-            f"warning: the command is that of today's scripts; check its defaults at {commit}",
-            file=sys.stderr,
-        )
+    elif subprocess.run(same, cwd=runs.ROOT, capture_output=True).returncode:
+        print(f"warning: the script is not that of {commit}; check its defaults there", file=sys.stderr)
     name = name or run_dir.resolve().name
     folder, readme = to / name, to / "README.md"
     if not to.is_dir():
