@@ -162,7 +162,7 @@ def draw(
             panel.annotate(text, (0.98, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=6)
             panel.set(yticks=[], xlim=(x[0], x[-1]), ylim=(0, None))
             panel.grid(visible=False)
-            if row is panels[0]:
+            if method == methods[0]:
                 panel.set_title(f"{THIRDS[column] * mine[method].total / 1e6:.3g}M steps")
         row[0].set_ylabel(style.label(method))
     for panel in panels[-1]:

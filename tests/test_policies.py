@@ -137,6 +137,11 @@ def test_figure_7(trained, monkeypatch, capsys):
     }
     panels = np.array(kept[0].axes).reshape(5, 3)
     assert [row[0].get_ylabel() for row in panels] == list(paper.METHODS.values())
+    assert [panel.get_title() for panel in panels[0]] == [
+        "0.00016M steps",
+        "0.00032M steps",
+        "0.00048M steps",
+    ]
     for panel in panels.ravel():
         text = panel.texts[0].get_text()
         assert len(panel.get_lines()) == (0 if text == "no policy saved" else 2)  # a line a seed
