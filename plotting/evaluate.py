@@ -49,7 +49,7 @@ def evaluate(
     env_seed, file = seed if env_seed is None else env_seed, out or run_dir / "evaluations.csv"
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         runs.wrong("--out", file, "a file that can be written, in a folder that is there")
-    if file.exists() and file.stat().st_size and file.read_text().splitlines()[0] != ",".join(COLUMNS):
+    if file.exists() and file.read_bytes().split(b"\n")[0] not in (b"", ",".join(COLUMNS).encode()):
         runs.wrong("--out", file, "a new file, or one that this command has written")
     print(
         f"{script.__name__}, {args.env_id}, step {step:,}, seed {seed}, environment seed {env_seed}: running"

@@ -27,10 +27,10 @@ def sweep(options: runs.Options, method: str, env_id: str) -> tuple[dict[float, 
     mine = [g for g in groups if (g.method, g.task) == (method, env_id)]
     mine = [g for g in mine if runs.as_asked(g, where, free=("kl_coef",))]
     preset = runs.pick_preset(mine, options)
-    mine.sort(key=lambda g: len(g.settings.get("kl_coef", [])))  # one value before one a stage
+    mine.sort(key=lambda g: len(runs.items(g.settings.get("kl_coef", []))))  # one value before one a stage
     for group in (g for g in mine if g.preset == preset):
-        betas = set(group.settings.get("kl_coef", runs.preset_args(method, preset)["kl_coef"]))
-        if len(betas) > 1 or betas & set(found):
+        betas = set(runs.items(group.settings.get("kl_coef", runs.preset_args(method, preset)["kl_coef"])))
+        if len(betas) != 1 or betas & set(found):
             print(f"left out: {group}")
         else:
             found[betas.pop()] = group

@@ -71,6 +71,9 @@ def pack(
         runs.wrong("--to", to, "a folder that is there")
     if folder.exists() or not folder.resolve().is_relative_to(to.resolve()):
         runs.wrong("--name", name, f"a folder in {to} that is not there yet")
+    args |= {name: value for name, value in PRIVATE.items() if name in args}
+    if args.get("decoder_from"):
+        args["decoder_from"] = Path(args["decoder_from"]).name
     rows = runs.read_table(run_dir / "eval.csv")
     about = {
         "folder": f"`{name}/`",
@@ -86,9 +89,6 @@ def pack(
     aside = to / f"unfinished_{run_dir.resolve().name}"
     shutil.rmtree(aside, ignore_errors=True)
     (aside / "checkpoints").mkdir(parents=True)
-    args |= {name: value for name, value in PRIVATE.items() if name in args}
-    if args.get("decoder_from"):
-        args["decoder_from"] = Path(args["decoder_from"]).name
     (aside / "args.json").write_text(json.dumps(args, indent=1))
     saved = [run_dir / "checkpoints" / f"policy_{step}.npz" for step in policies.saved_steps(run_dir)]
     for file in [*sorted(run_dir.glob("*.csv")), *saved]:

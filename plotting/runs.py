@@ -140,6 +140,12 @@ def default_stages(total: int) -> list[int]:
     return [end - start for start, end in pairwise(total * n // 6 for n in (0, 2, 4, 5, 6))]
 
 
+def usual_args(stem: str, preset: str, total: int) -> dict[str, Any]:
+    """A preset's arguments, with the stages that a total has by default; nothing for an unknown script."""
+    default = preset_args(stem, preset)
+    return default and default | {"stage_timesteps": default_stages(total), "exp_name": stem}
+
+
 def refinements(group: Group) -> list[int]:
     """Steps at which a GoRL run's decoder is refined; none for another method."""
     if "stage_timesteps" not in preset_args(group.method, "paper"):
@@ -152,11 +158,9 @@ def settings_of(args: dict[str, Any]) -> dict[str, Any]:
 
     Of `--decoder-from RUN_DIR:STAGE` only the stage: each seed may have a decoder of its own.
     """
-    stem = Path(args["versions"]["script"]).stem
-    if not (default := preset_args(stem, args.get("preset", "paper"))):
+    stem, different = Path(args["versions"]["script"]).stem, {}
+    if not (default := usual_args(stem, args.get("preset", "paper"), args["total_timesteps"])):
         return {}
-    default = default | {"stage_timesteps": default_stages(args["total_timesteps"]), "exp_name": stem}
-    different = {}
     for name, value in args.items():
         usual = list(u) if isinstance(u := default.get(name), tuple) else u
         if name not in INCIDENTAL and not name.startswith("checkpoint") and value != usual:
@@ -219,7 +223,7 @@ def read_run(run: Path, unfinished: bool = False) -> tuple[dict[str, Any], dict[
         steps, returns = table["step"][mine], table["return_mean"][mine]
         if len(steps) == 0:
             raise ValueError(f"eval.csv has no row of seed {seed}")
-        if not np.isfinite(returns).all() or (np.diff(steps) <= 0).any():
+        if not np.isfinite([steps, returns]).all() or (np.diff(steps) <= 0).any():
             raise ValueError(f"eval.csv, seed {seed}: returns that are not finite, or steps out of order")
         if steps[-1] > last_step(args) or (steps[-1] < last_step(args) and not unfinished):
             raise ValueError(f"seed {seed} is not finished: at step {steps[-1]:.0f} of {last_step(args)}")
@@ -254,24 +258,25 @@ def find(paths: tuple[Path, ...]) -> list[Path]:
 def load(paths: tuple[Path, ...], unfinished: bool = False) -> tuple[Group, ...]:
     """All groups under these folders. What is not whole is named and skipped; a seed counts once."""
     groups: dict[tuple, Group] = {}
+    whole = []
     for run in find(paths):
         try:
             args, curves = read_run(run, unfinished)
-            method, preset = Path(args["versions"]["script"]).stem, args.get("preset", "none")
-            settings = settings_of(args)
+            whole.append((args, curves, settings_of(args)))
         except ValueError as error:
             print(f"skipped {run}: {error}")
-            continue
+    # A finished run counts before an unfinished one of the same seed.
+    whole.sort(key=lambda x: min(curve.steps[-1] for curve in x[1].values()) < last_step(x[0]))
+    for args, curves, settings in whole:
+        method, preset = Path(args["versions"]["script"]).stem, args.get("preset", "none")
         key = (method, args["env_id"], preset, args["total_timesteps"], json.dumps(settings, sort_keys=True))
         group = Group(method, args["env_id"], preset, settings, args["total_timesteps"], last_step(args))
         group = groups.setdefault(key, group)
         for seed, curve in curves.items():
             first = group.curves.setdefault(seed, curve)
             if first is not curve:
-                same = all(map(np.array_equal, first[:2], curve[:2]))
-                print(
-                    f"skipped seed {seed} of {run}: {'a copy of' if same else 'there is already'} {first.run}"
-                )
+                why = "a copy of" if all(map(np.array_equal, first[:2], curve[:2])) else "there is already"
+                print(f"skipped seed {seed} of {curve.run}: {why} {first.run}")
     return tuple(groups[key] for key in sorted(groups))
 
 
@@ -284,7 +289,7 @@ def items(value: Any) -> list[Any]:
         try:
             return float(item)
         except (TypeError, ValueError):
-            return str(item)
+            return str(item).lower()
 
     return [number(item) for item in value]
 
@@ -293,9 +298,11 @@ def asked(options: Options, groups: tuple[Group, ...]) -> dict[str, str]:
     """`--where` by argument; one that no script of the groups has ends the program."""
     pairs = (item.partition("=") for item in options.where)
     where = {name.strip("-").replace("-", "_"): value for name, _, value in pairs}
-    known = set().union(*(preset_args(g.method, "paper") for g in groups))
+    known = set().union(*(preset_args(g.method, "paper") for g in groups)) - INCIDENTAL
     if groups and (unknown := sorted(set(where) - known)):
-        wrong("--where", unknown[0], "an argument of a script that has been run")
+        wrong("--where", unknown[0], "an argument that matters to training, of a script that was run")
+    if len(where) < len(options.where):
+        wrong("--where", " ".join(options.where), "each argument once")
     return where
 
 
@@ -304,7 +311,7 @@ def as_asked(group: Group, where: dict[str, str], free: tuple[str, ...] = ()) ->
 
     Of `where`, only the arguments that its script has count.
     """
-    default = preset_args(group.method, group.preset)
+    default = usual_args(group.method, group.preset, group.total)
     want = {k: items(v) for k, v in where.items() if k in default and items(v) != items(default[k])}
     have = {k: items(v) for k, v in group.settings.items() if k not in free}
     return bool(default) and have == {k: v for k, v in want.items() if k not in free}
@@ -332,9 +339,9 @@ def select(options: Options) -> tuple[dict[tuple[str, str], Group], str]:
         else:
             print(f"left out: {group}")
     if not chosen:
-        call = " ".join([preset, *(["--where", *options.where] if options.where else [])])
-        found = ", ".join(sorted({g.preset for g in groups})) or "no run at all"
-        raise CannotDraw(f"no finished run with --preset {call} (there: {found})")
+        call = [f"of preset {preset}"] * (options.preset != "auto") + [f"with {w}" for w in options.where]
+        found = ", ".join(sorted({f"preset {g.preset}" for g in groups})) or "no run at all"
+        raise CannotDraw(f"no finished run {', '.join([*call, 'else as its preset'])} (there: {found})")
     for group in chosen.values():
         print(f"drawn: {group}")
     return chosen, preset

@@ -134,6 +134,7 @@ DAMAGES = [
     ("no rows", edit("eval.csv", lambda text: text.splitlines()[0] + "\n")),
     ("no rows", edit("eval.csv", lambda text: "")),
     ("lacks return_mean", edit("eval.csv", lambda text: text.replace("return_mean", "mean"))),
+    ("not finite", edit("eval.csv", lambda text: re.sub(r"1,1798\d+,", "1,nan,", text))),
     ("no row of seed 2", set_argument("num_seeds", 2)),
     ("not finite", edit("eval.csv", lambda text: re.sub(r",0,[\d.e+]+,", ",0,nan,", text))),
     ("out of order", edit("eval.csv", lambda text: text + text.splitlines()[-1] + "\n")),
@@ -196,6 +197,29 @@ def test_unfinished_runs_on_request(tmp_path):
     assert len(steps) == 9 and returns.shape == (2, 9)
 
 
+def test_finished_runs_count_before_unfinished_ones(tmp_path):
+    """Otherwise a run that was just started takes the place of a finished one."""
+    write_run(tmp_path / "x__1700000000", "ppo_gaussian", "FishSwim", rising(100))
+    write_run(tmp_path / "x__1790000000", "ppo_gaussian", "FishSwim", rising(500))
+    edit("eval.csv", lambda text: "".join(text.splitlines(keepends=True)[:3]))(tmp_path / "x__1790000000")
+    (group,) = runs.load((tmp_path,), unfinished=True)
+    assert runs.final_returns(group) == pytest.approx([100])
+
+
+def test_where_reads_values_as_a_user_writes_them(tmp_path):
+    """Otherwise a run is not found by the very argument that it was started with."""
+    write_run(tmp_path / "a", "gorl_fm_ppo", "FishSwim", rising(1), reinit_critic=True)
+    write_run(tmp_path / "b", "gorl_fm_ppo", "HopperStand", rising(2))
+    for where, task in (
+        ("reinit-critic=true", "FishSwim"),
+        ("reinit_critic=False", "HopperStand"),
+        ("stage_timesteps=60000000,60000000,30000000,30000000", "HopperStand"),
+    ):
+        assert set(runs.select(options(tmp_path, where=(where,)))[0]) == {("gorl_fm_ppo", task)}
+    with pytest.raises(SystemExit):
+        runs.select(options(tmp_path, where=("gamma=0.9", "gamma=0.99")))
+
+
 def test_align_interpolates(tmp_path):
     """Otherwise rows are averaged that belong to different steps."""
     write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100), seeds=(1,), every=50)
@@ -241,7 +265,7 @@ def test_missing_folders_are_an_error(tmp_path, capsys):
         runs.find((tmp_path / "rnus",))
     assert error.value.code == 2 and "--runs: got" in capsys.readouterr().err
     write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100))
-    for where in ("clip_eps", "clip_esp=0.1"):
+    for where in ("clip_eps", "clip_esp=0.1", "env_id=HopperStand", "seed=1"):
         with pytest.raises(SystemExit) as error:
             runs.select(options(tmp_path, where=(where,)))
         assert error.value.code == 2 and f"--where: got {where.split('=')[0]}" in capsys.readouterr().err
@@ -621,6 +645,7 @@ def test_pack(tmp_path, capsys):
     """Otherwise `results/` holds paths, big files, half runs or logs without their origin."""
     run = tmp_path / "runs/CheetahRun__gorl_fm_ppo__1__17"
     write_run(run, "gorl_fm_ppo", "CheetahRun", rising(9), preset="cpu", runs_dir=str(tmp_path / "runs"))
+    set_argument("decoder_from", f"{tmp_path}/secret/x:2")(run)
     (run / "checkpoints").mkdir()
     (run / "checkpoints/policy_1198080.npz").write_bytes(b"small")
     (run / "checkpoints/policy_399360.npz").write_bytes(b"0" * 2**21)
@@ -633,11 +658,12 @@ def test_pack(tmp_path, capsys):
     names = ("args.json", "eval.csv", "train.csv", "checkpoints/policy_1198080.npz")
     assert packed == {"README.md", *(f"small/fm/{name}" for name in names)}
     assert "left out:" in capsys.readouterr().err
-    assert str(tmp_path) not in (results / "small/fm/args.json").read_text()
+    for name in ("small/fm/args.json", "README.md"):
+        assert str(tmp_path) not in (results / name).read_text()
     row = (results / "README.md").read_text().splitlines()[-1]
     want = [
         "`small/fm/`",
-        "`python gorl_fm_ppo.py --preset cpu`",
+        "`python gorl_fm_ppo.py --preset cpu --decoder-from x:2`",
         "0123456",
         "2 CPU cores",
         "6 s",
@@ -682,13 +708,15 @@ def test_rows_are_added_to_the_table(tmp_path):
 
 def test_every_result_has_its_origin():
     """Otherwise a figure of the README rests on a log that nobody can trace."""
-    text = (RESULTS / "README.md").read_text()
+    table = [line.split("|") for line in (RESULTS / "README.md").read_text().splitlines() if "|" in line]
+    named = {re.sub(r"<[a-z]+>", "*", row[1].strip(" `/")) for row in table}
     for run in runs.find((RESULTS,)):
         path = run.relative_to(RESULTS)
-        names = [f"`{p}/" for p in (path, *path.parents[:-1])]
-        assert any(name in text for name in names), run
-        versions = json.loads((run / "args.json").read_text())["versions"]
-        assert "git_commit" in versions or f"`{path}/`" in text
+        assert sum(path.match(name) and len(Path(name).parts) == len(path.parts) for name in named) == 1, path
+    for name in named - {"folder", "---"}:
+        assert list(RESULTS.glob(name)), name
+    for row in table[2:]:
+        assert all(cell.strip() for cell in row[1:-1]), row
 
 
 # --- everything at once
@@ -728,6 +756,11 @@ def test_the_readmes_numbers_are_the_logs(tmp_path):
         assert file.read_text() == (RESULTS / "figures" / file.name).read_text()
     readme = (runs.ROOT / "README.md").read_text()
     table = [line for line in (tmp_path / "table_1.md").read_text().splitlines() if line.startswith("|")]
-    assert "\n".join(table) in readme
+    assert "\n".join(table) in readme and "MIN minutes" not in readme
+    for method in paper.METHODS:  # the lists of final returns, by seed
+        for folder in ("cpu_preset", "cpu_preset_earlier"):
+            _, curves = runs.read_run(RESULTS / folder / method)
+            ends = ", ".join(f"{curve.returns[-1]:.0f}" for curve in curves.values())
+            assert ends in re.sub(r"\s+", " ", readme), (method, ends)
     for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", readme):
         assert (runs.ROOT / picture).is_file()
