@@ -33,8 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib import metadata, util
 from itertools import count, pairwise
 from pathlib import Path
 from queue import SimpleQueue
@@ -49,6 +48,7 @@ import tyro
 from flax import struct
 from jax import Array, lax
 from jax.scipy.stats import norm
+from jax.sharding import PartitionSpec as P
 from mujoco_playground import MjxEnv, dm_control_suite
 from tqdm import tqdm
 
@@ -99,45 +99,68 @@ def require(ok: bool, argument: str, got: Any, takes: str) -> None:
         argument = "--" + argument.replace("_", "-") if argument.isidentifier() else argument
         print(f"{Path(sys.argv[0]).name}: {argument}: got {got}; takes {takes}", file=sys.stderr)
         raise SystemExit(2)
-
 def check_common(args: "Args") -> None:
     """Checks the arguments that all scripts have, before any device is touched."""
     # Playground 0.2 builds the Reacher with a function that MuJoCo 3.17 no longer has.
     tasks = sorted(task for task in dm_control_suite.ALL_ENVS if "Reacher" not in task)
     require(args.env_id in tasks, "env_id", args.env_id, f"one of {', '.join(tasks)}")
-    for name, got in asdict(args).items():
+    for name, got in vars(args).items():
         numbers = got if isinstance(got, tuple) else [got] if type(got) in (int, float) else []
         zero = name in ("seed", "gae_lambda", "vf_coef", "ent_coef", "kl_coef", "max_grad_norm")
         top = 1 if name in ("gamma", "gae_lambda", "clip_eps") else 2**31 - 1
         ok = got != () and all((n > 0 or (zero and n == 0)) and n <= top for n in numbers)  # false for NaN
         require(ok, name, got, f"numbers {'of at least' if zero else 'above'} 0, at most {top}")
-    require(not args.track or find_spec("wandb"), "track", True, "the wandb package (pip install wandb)")
+    require(not args.track or util.find_spec("wandb"), "track", True, "the wandb package (pip install wandb)")
     got, takes = args.num_envs, "a divisor of --batch-size times --num-minibatches, an iteration's unrolls"
     require(args.batch_size * args.num_minibatches % got == 0, "num_envs", got, takes)
     require("/" not in args.exp_name, "exp_name", args.exp_name, "a name without slashes")
 
-Envs = namedtuple("Envs", "state first steps")  # now, what resets lead to, control steps since one: (N, ...)
+def make_mesh(args: "Args") -> Any:
+    """All devices: each row has some of the seeds, and the devices in a row share their environments."""
+    rows, every, env = np.gcd(args.num_seeds, jax.device_count()), jax.device_count(), make_env(args)
+    for name in ("num_envs", "batch_size", "eval_envs", "decoder_batch_size"):
+        got, takes = getattr(args, name, 0), f"a multiple of {every // rows}: a seed has that many devices"
+        require(got % (every // rows) == 0, name, got, takes)
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    has = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host) * every / args.num_seeds
+    got, takes = getattr(args, "decoder_buffer_size", 0), f"fewer pairs: there are {has / 1e9:.1f} GB a seed"
+    require(4 * got * (env.observation_size + env.action_size + 1) < has, "decoder_buffer_size", got, takes)
+    return jax.make_mesh((rows, every // rows), ("seeds", "envs"), (jax.sharding.AxisType.Auto,) * 2)
+def spread(x: Any, *axes: str) -> Any:
+    """x with its leading axes laid over these of the mesh; over none, there is a copy on each device."""
+    return x if jax.sharding.get_abstract_mesh().size <= 1 else lax.with_sharding_constraint(x, P(*axes))
+def each_seed(args: "Args", f: Any, axes: tuple, out: Any, **options: Any) -> Any:
+    """f mapped over seeds, compiled; a single one goes without `vmap`, whose products are slower on CPUs."""
+    def single(*xs: Any) -> Any:
+        xs = (jax.tree.map(lambda y: y[0], x) if axis == 0 else x for x, axis in zip(xs, axes, strict=True))
+        return jax.tree.map(lambda y: y[None], f(*xs))
+    mapped = single if args.num_seeds == 1 else jax.vmap(f, axes, spmd_axis_name="seeds")
+    return jax.jit(mapped, out_shardings=out, **options)
 
+Envs = namedtuple("Envs", "state first steps")  # now, what resets lead to, control steps since one: (N, ...)
 def make_env(args: "Args") -> MjxEnv:
     config = dm_control_suite.get_default_config(args.env_id)
     config.impl = args.impl  # Playground 0.2 itself defaults to warp
     if args.impl == "warp":  # its contact buffer serves all worlds, and Playground's is for 2048
         config.naconmax *= -(-max(args.num_envs, args.eval_envs) * args.num_seeds // 2048)
-    return dm_control_suite.load(args.env_id, config=config)
+    env = dm_control_suite.load(args.env_id, config=config)
+    env._mjx_model = jax.tree.map(lambda x: jnp.array(np.array(x)), env._mjx_model)  # was tied to one device
+    env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # traced once for training and evaluation
+    return env
 
-# `reset` and `step` differ in weak types, for which a jitted iteration would compile twice.
-strong_types = partial(jax.tree.map, lambda x: lax.convert_element_type(x, x.dtype))
-
+def each_env(f: Any) -> Any:
+    """`reset` or `step` of many; each device's share by itself, since physics loops until all are done."""
+    def many(*x: Any) -> Any:  # the two differ in weak types, for which an iteration would compile twice
+        return jax.tree.map(lambda y: lax.convert_element_type(y, y.dtype), jax.vmap(f)(*x))
+    specs = {"in_specs": P("envs"), "out_specs": P("envs"), "check_vma": False}
+    return many if jax.sharding.get_abstract_mesh().size <= 1 else jax.shard_map(many, **specs)
 def reset_envs(env: MjxEnv, num_envs: int, key: Array) -> Envs:
-    state = strong_types(jax.vmap(env.reset)(jax.random.split(key, num_envs)))
+    state = each_env(env.reset)(jax.random.split(key, num_envs))
     return Envs(state, state, jnp.zeros(num_envs, jnp.int32))
-
 def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Array, Array, Array]:
-    """Steps with tanh(u), u (N, action_dim), resets what is done: environments, reward, truncated, broken.
-
-    Truncated: broken, or at the time limit. Broken: NaN or beyond 1e6; what it returned is dropped. All (N,).
-    """
-    state = strong_types(jax.vmap(env.step)(envs.state, jnp.tanh(u)))
+    """Steps with tanh(u), u (N, action_dim), and resets: environments; reward, truncated, broken, of (N,)."""
+    state = each_env(env.step)(envs.state, jnp.tanh(u))
+    # Broken physics, NaN or beyond 1e6, is truncated as at the time limit; what it returned is dropped.
     broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~(jnp.abs(state.obs) < 1e6).all(-1)
     truncated = broken | (envs.steps + 1 >= args.episode_length)
     def reset_done(first: Array, now: Array) -> Array:
@@ -148,7 +171,6 @@ def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Ar
     return Envs(state, envs.first, steps), reward, truncated, broken
 
 RunningStats = namedtuple("RunningStats", "count mean var")  # of all observations so far, (obs_dim,) each
-
 def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
     """Adds observations (..., obs_dim): Chan et al. (1979), in variances instead of sums of squares."""
     axes, size = tuple(range(obs.ndim - 2)), obs.size // obs.shape[-1]
@@ -159,11 +181,9 @@ def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
     # Without the old variance's share, the std would shrink with every batch, and normalised inputs grow.
     var = stats.var + share * (var - stats.var + (1 - share) * jnp.square(delta))
     return RunningStats(count=count, mean=stats.mean + share * delta, var=var)
-
 def normalize(stats: RunningStats, obs: Array) -> Array:
     """Observations (..., obs_dim) in standard deviations, clipped to +-10."""
     return jnp.clip((obs - stats.mean) / jnp.maximum(jnp.sqrt(stats.var), 1e-6), -10.0, 10.0)
-
 def init_mlp(key: Array, sizes: tuple[int, ...], zero_last: bool = False) -> list[dict[str, Array]]:
     """LeCun-uniform kernels and zero biases; with `zero_last` the network's output starts at exactly 0."""
     init, keys = jax.nn.initializers.lecun_uniform(), jax.random.split(key, len(sizes) - 1)
@@ -171,11 +191,14 @@ def init_mlp(key: Array, sizes: tuple[int, ...], zero_last: bool = False) -> lis
     kernels[-1] *= not zero_last
     return [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in kernels]
 
+silu = jax.custom_jvp(jax.nn.silu)  # its slope is kept for the backward pass, not its sigmoid made again
+silu.defjvps(lambda x_dot, y, x: (y + jax.nn.sigmoid(x) * (1 - y)) * x_dot)
 def mlp(layers: list[dict[str, Array]], x: Array) -> Array:
-    """SiLU network, (..., sizes[0]) -> (..., sizes[-1])."""
+    """SiLU network, (..., sizes[0]) -> (..., sizes[-1]); with one batch axis, as CPUs copy what has more."""
+    *axes, x = *x.shape[:-1], x.reshape(-1, x.shape[-1])
     for layer in layers[:-1]:
-        x = jax.nn.silu(x @ layer["kernel"] + layer["bias"])
-    return x @ layers[-1]["kernel"] + layers[-1]["bias"]
+        x = silu(x @ layer["kernel"] + layer["bias"])
+    return (x @ layers[-1]["kernel"] + layers[-1]["bias"]).reshape(*axes, -1)
 # --- end shared ---
 
 @struct.dataclass
@@ -186,7 +209,6 @@ class Agent:
     stats: RunningStats
     def policy(self) -> "Agent":
         return self.replace(params={"actor": self.params["actor"]}, opt={})
-
 def init_agent(args: Args, obs_dim: int, action_dim: int, key: Array) -> Agent:
     """Actor, critic and Adam states; sizes of App. E.3."""
     actor_key, critic_key = jax.random.split(key)
@@ -214,14 +236,12 @@ def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) ->
 
 # --- shared: rollout, advantages, update, evaluation ---
 Transitions = namedtuple("Transitions", "obs u drawn reward truncated")  # (U, T, N, ...); drawn: see `act`
-
 def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tuple[Envs, Any, Array, dict]:
     """U unrolls of T steps: environments, transitions, last next observations (U, N, obs_dim), metrics."""
     def step(envs: Envs, key: Array) -> tuple[Envs, tuple]:
-        obs = envs.state.obs
-        u, drawn = act(args, agent, obs, key, False)
-        envs, reward, truncated, broken = step_envs(args, env, envs, u)
-        return envs, (Transitions(obs, u, drawn, reward, truncated), broken)
+        u, drawn = act(args, agent, envs.state.obs, key, False)
+        after, reward, truncated, broken = step_envs(args, env, envs, u)
+        return after, (Transitions(envs.state.obs, u, drawn, reward, truncated), broken)
     def unroll(envs: Envs, key: Array) -> tuple[Envs, tuple]:
         envs, outputs = lax.scan(step, envs, jax.random.split(key, args.unroll_length))
         return envs, (*outputs, envs.state.obs)  # a reset state's after truncation, which is not bootstrapped
@@ -229,13 +249,11 @@ def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tu
     envs, (steps, broken, last_obs) = lax.scan(unroll, envs, keys)
     metrics = {"reward_mean": steps.reward.mean(), "nan_resets": broken.sum(), "u_std": steps.u.std()}
     return envs, steps, last_obs, metrics | {"u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
-
 def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Array, Array]:
     """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
 
     Truncated steps teach nothing: advantage 0, target the value itself, no sum across. Of an advantage
-    r + gamma * target' - value, an error k > 0 steps later weighs gamma^k lambda^(k-1).
-    """
+    r + gamma * target' - value, an error k > 0 steps later weighs gamma^k lambda^(k-1)."""
     going_on, value = 1.0 - truncated, lax.stop_gradient(value)
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
     def backward(acc: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -243,7 +261,6 @@ def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Ar
         return acc, acc
     target = value[:-1] + lax.scan(backward, jnp.zeros_like(value[0]), (delta, going_on), reverse=True)[1]
     return target, (reward + args.gamma * jnp.concatenate([target[1:], value[-1:]]) - value[:-1]) * going_on
-
 def critic_terms(args: "Args", critic: Any, batch: Any, last_obs: Array) -> tuple[Array, dict]:
     """Normalised advantages (batch_size, T) and the critic's error, by targets of the critic as it is now."""
     value = mlp(critic, jnp.concatenate([batch.obs, last_obs[:, None]], axis=1))[..., 0].T
@@ -251,7 +268,6 @@ def critic_terms(args: "Args", critic: Any, batch: Any, last_obs: Array) -> tupl
     advantage, error = (advantage - advantage.mean()) / (advantage.std() + 1e-8), target - value[:-1]
     metrics = {"value_loss": jnp.square(error).mean(), "explained_variance": 1 - error.var() / target.var()}
     return advantage.T, metrics
-
 def clipped_surrogate(args: "Args", log_ratio: Array, advantage: Array) -> dict[str, Array]:
     """PPO's loss (Eq. 5) of ratios new / old, and how far they went; shapes broadcast."""
     ratio = jnp.exp(log_ratio)
@@ -261,22 +277,20 @@ def clipped_surrogate(args: "Args", log_ratio: Array, advantage: Array) -> dict[
 
 # Leaves (U, T, N, ...) -> (U * N, T, ...).
 as_unrolls = partial(jax.tree.map, lambda x: jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:]))
-
 def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) -> tuple[Any, dict]:
     """`update_epochs` passes over B unrolls, in new minibatches of whole unrolls each time; see `loss_fn`."""
-    limit, adam = args.max_grad_norm, optax.adam(args.learning_rate)
+    limit, adam, data = args.max_grad_norm, optax.adam(args.learning_rate), spread((batch, last_obs))
     def minibatch_step(agent: Any, x: tuple[Array, Array]) -> tuple[Any, dict]:
-        rows, key = x
-        minibatch = jax.tree.map(lambda leaf: leaf[rows], batch)
-        loss = partial(loss_fn, args=args, batch=minibatch, last_obs=last_obs[rows], key=key)
+        minibatch, last = spread(jax.tree.map(lambda leaf: leaf[x[0]], data), "envs")
+        loss = partial(loss_fn, args=args, batch=minibatch, last_obs=last, key=x[1])
         grads, metrics = jax.grad(loss, has_aux=True)(agent.params)
         scale = jnp.where(limit > 0, jnp.minimum(1.0, limit / optax.tree.norm(grads)), 1.0)
-        params, opt = {}, {}
-        for name, grad in grads.items():
-            step, opt[name] = adam.update(jax.tree.map(lambda g: scale * g, grad), agent.opt[name])
-            params[name] = optax.apply_updates(agent.params[name], step)
-            metrics[f"grad_norm_{name}"] = optax.tree.norm(grad)
-        return agent.replace(params=params, opt=opt), metrics
+        metrics |= {f"grad_norm_{name}": optax.tree.norm(grad) for name, grad in grads.items()}
+        grads = jax.tree.map(lambda g: scale * g, grads)
+        new = {k: adam.update(grad, agent.opt[k]) for k, grad in grads.items()}
+        params = {k: optax.apply_updates(agent.params[k], step) for k, (step, _) in new.items()}
+        agent = agent.replace(params=params, opt={k: opt for k, (_, opt) in new.items()})
+        return agent, metrics
     def epoch(agent: Any, key: Array) -> tuple[Any, dict]:
         rows_key, key = jax.random.split(key)
         rows = jax.random.permutation(rows_key, len(last_obs)).reshape(args.num_minibatches, args.batch_size)
@@ -285,22 +299,20 @@ def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) ->
     return agent, jax.tree.map(jnp.mean, metrics)
 
 INIT, RESET, TRAIN, EVAL_RESET, EVAL_ACT, DECODER = range(6)
-
 def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
     """The key for a purpose at a point of a run: it depends on the seed, not on how many run beside it."""
     return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), index)
 
 def evaluate(args: "Args", env: MjxEnv, agent: Any, seed_key: Array, index: Any, deterministic: Any) -> Array:
     """Undiscounted returns (eval_envs,) of one episode each; broken physics ends its episode."""
-    def step(carry: tuple, key: Array) -> tuple[tuple, None]:
-        envs, running, returns = carry
+    def step(envs: Envs, key: Array) -> tuple[Envs, tuple]:
         u, _ = act(args, agent, envs.state.obs, key, deterministic)
         envs, reward, _, broken = step_envs(args, env, envs, u)
-        running &= ~broken
-        return (envs, running, returns + jnp.where(running, reward, 0.0)), None
+        return envs, (reward, broken)
     envs = reset_envs(env, args.eval_envs, derive_key(seed_key, EVAL_RESET, index))
     keys = jax.random.split(derive_key(seed_key, EVAL_ACT, index), args.episode_length)
-    return lax.scan(step, (envs, jnp.ones(args.eval_envs, bool), jnp.zeros(args.eval_envs)), keys)[0][2]
+    _, (reward, broken) = lax.scan(step, envs, keys)
+    return jnp.where(jnp.cumsum(broken, axis=0) > 0, 0.0, reward).sum(0)
 # --- end shared ---
 
 def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: Any) -> tuple[Array, dict]:
@@ -322,13 +334,11 @@ class TrainState:
     """All that changes in a run. Random keys are not in it: they follow from seed and iteration."""
     agent: Agent
     envs: Envs
-
 def begin(args: Args, env: MjxEnv, seed_key: Array, index: Any) -> TrainState:
     """A seed's first state, untrained: each `index` gives another."""
     agent = init_agent(args, env.observation_size, env.action_size, derive_key(seed_key, INIT, index))
     envs = reset_envs(env, args.num_envs, derive_key(seed_key, RESET, index))
     return TrainState(agent=agent, envs=envs)
-
 def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index: Any) -> tuple:
     """Rollout, update and statistics, for one seed: the next state, and metrics."""
     agent, (rollout_key, update_key) = state.agent, jax.random.split(derive_key(seed_key, TRAIN, index))
@@ -345,9 +355,12 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
     seed_keys = jax.vmap(jax.random.PRNGKey)(jnp.array(seeds))
     size, end = args.batch_size * args.num_minibatches * args.unroll_length, iterations(args)
-    fresh = partial(jax.jit(jax.vmap(partial(begin, args, env), in_axes=(0, None))), seed_keys)
-    iterate = jax.jit(jax.vmap(partial(iteration, args, env), in_axes=(0, 0, None)), donate_argnums=0)
-    returns = jax.jit(jax.vmap(partial(evaluate, args, env), in_axes=(0, 0, None, None)))
+    jax.set_mesh(make_mesh(args))
+    split, where = P("seeds"), TrainState(agent=P("seeds"), envs=P("seeds", "envs"))  # axes over devices
+    fresh = partial(each_seed(args, partial(begin, args, env), (0, None), where), seed_keys)
+    moves = {"in_shardings": (where, split, P()), "donate_argnums": 0}
+    iterate = each_seed(args, partial(iteration, args, env), (0, 0, None), (where, P()), **moves)
+    returns = each_seed(args, partial(evaluate, args, env), (0, 0, None, None), P())
     run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
     state, meta = restore(run_dir, jax.eval_shape(fresh, 0), run)
     done = meta.get("done", 0)  # iterations
@@ -388,7 +401,6 @@ def iterations(args: Args) -> int:
     """The total, rounded to iterations."""
     size = args.batch_size * args.num_minibatches * args.unroll_length
     return (2 * args.total_timesteps + size) // (2 * size)
-
 def check(args: Args) -> None:
     """Checks every argument, before anything compiles."""
     check_common(args)
@@ -420,24 +432,21 @@ def make_run_dir(args: "Args") -> Path:
             return run_dir
         except OSError as error:
             require(run_dir.exists(), "runs_dir", f"{args.runs_dir}, {error.strerror}", "a writable folder")
-
 def write_args(args: "Args", run_dir: Path) -> None:
     """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
     failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "mujoco", "mujoco-mjx", "playground", "warp-lang")
-    versions = {package: version(package) for package in packages} | {"python": sys.version.split()[0]}
-    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit}
-    versions["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    versions = {name: metadata.version(name) for name in packages} | {"python": sys.version.split()[0]}
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit, "device": device}
     (aside := run_dir / "args.tmp").write_text(json.dumps(asdict(args) | {"versions": versions}, indent=1))
     aside.replace(run_dir / "args.json")
-
 def load_args(run_dir: str) -> "Args | None":
     """The arguments of a run of this script; None if it is none."""
     with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
         stored = json.loads((Path(run_dir) / "args.json").read_text())
         if stored.pop("versions")["script"] == Path(__file__).name:
             return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-
 def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
     """A row a seed to a CSV file, and reported; FloatingPointError if a loss or a gradient is not finite."""
     table = np.column_stack([np.broadcast_to(v, len(columns["seed"])) for v in columns.values()])
@@ -448,18 +457,17 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
         row = dict(zip(columns, row, strict=True))
         report({k if k == "step" else f"{name}/{k}/seed_{seed}": v for k, v in row.items()})
         if bad := [k for k in row if ("loss" in k or "norm" in k or "std" in k) and not np.isfinite(row[k])]:
-            where = [f"{k} {row[k]:.0f}" for k in ("iteration", "stage", "epoch") if k in row]
-            raise FloatingPointError(f"seed {seed}, {', '.join(where)}: {', '.join(bad)} not finite")
+            at = [f"{k} {row[k]:.0f}" for k in ("seed", "iteration", "stage", "epoch") if k in row]
+            raise FloatingPointError(f"{', '.join(at)}: {', '.join(bad)} not finite")
 
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
     """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
     arrays = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
-    with (aside := path.with_name("unfinished.tmp")).open("wb") as file:
+    with (aside := path.with_suffix(".tmp")).open("wb") as file:
         np.savez(file, meta=json.dumps(meta), **arrays)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-
 def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """The tree `like`, of shapes and types, from a file, and the file's meta; ValueError if they differ."""
     def load(name: tuple, leaf: Any) -> np.ndarray:
@@ -470,7 +478,6 @@ def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     with np.load(path, allow_pickle=False) as file:
         meta = json.loads(str(file["meta"]))
         return jax.tree.map_with_path(load, like.replace(**dict.fromkeys(meta.get("without", [])))), meta
-
 def save_state(run_dir: Path, name: str, state: Any, **meta: Any) -> None:
     """A checkpoint to resume from, without parts that are None; it and the newest before it are kept."""
     meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
@@ -478,7 +485,6 @@ def save_state(run_dir: Path, name: str, state: Any, **meta: Any) -> None:
     save_arrays(run_dir / "checkpoints" / f"state_{name}.npz", state, **meta)
     for old in sorted(run_dir.glob("checkpoints/state_*.npz"))[:-2]:
         old.unlink()
-
 def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, Any]]:
     """State and meta of the newest good checkpoint, if there is one; CSV files lose what came after."""
     sizes = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
@@ -521,8 +527,7 @@ def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
 def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) -> Any:
     """A policy f(obs, key, deterministic=False) -> u, of raw observations (..., obs_dim); it acts tanh(u).
 
-    By default it is the last step's, of the run's first seed. ValueError if the run has no such policy.
-    """
+    By default it is the last step's, of the run's first seed. ValueError if the run has no such policy."""
     if (args := load_args(run_dir)) is None:
         raise ValueError(f"{run_dir} is not a run of {Path(__file__).name}, with its args.json")
     files = {int(f.stem.split("_")[1]): f for f in Path(run_dir).glob("checkpoints/policy_*.npz")}
@@ -546,8 +551,8 @@ def main() -> int:
     def stop(number: int, _: Any) -> None:
         os._exit(128 + number) if caught else caught.append(number)
         print("Stopping after this iteration or epoch; a second signal stops at once.", file=sys.stderr)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    _ = signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
+    make_mesh(args)  # before the run has a directory: it checks that devices and memory fit
     run_dir = Path(args.resume).resolve() if args.resume else make_run_dir(args)
     (tracker := Thread(target=track, args=(args, run_dir, rows), daemon=True)).start()
     n, device = args.num_seeds, f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -560,7 +565,7 @@ def main() -> int:
             end = train(args, run_dir, caught, rows.put if args.track else bool)
             print(f"finished: {run_dir}" if end else f"stopped by {signal.Signals(caught[0]).name}; {resume}")
             return 0 if end else 128 + caught[0]
-        except (OSError, FloatingPointError) as error:  # in this thread, which may hold a lock of tqdm's
+        except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:  # here: it may hold locks
             newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
             print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
             return 1

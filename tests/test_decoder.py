@@ -132,7 +132,7 @@ def drawn(gorl, make_args, monkeypatch):
         keys = jax.random.split(jax.random.PRNGKey(9))
         obs, u = jax.random.normal(keys[0], (4096, OBS)), 2 + 3 * jax.random.normal(keys[1], (4096, ACT))
         loss = gorl.decoder_loss(None, make_args(gorl), obs, u, key)
-        seen_obs, a, t = (np.float64(x) for x in seen[-1])
+        seen_obs, a, t = (np.float64(x).swapaxes(0, 1) for x in seen[-1])  # draws first
         np.testing.assert_array_equal(seen_obs, np.broadcast_to(obs, (8, *obs.shape)))
         data, other = levels(gorl, t)
         good = np.broadcast_to(other > 0.01, a.shape)
