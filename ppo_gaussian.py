@@ -353,7 +353,7 @@ def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index
 def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     """Training from the newest good checkpoint: true at its end, false if `caught` has a signal before."""
     env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
-    seed_keys = jax.vmap(jax.random.PRNGKey)(jnp.array(seeds))
+    seed_keys = np.asarray(jax.vmap(jax.random.PRNGKey)(seeds))  # on no device yet, like a restored state
     size, end = args.batch_size * args.num_minibatches * args.unroll_length, iterations(args)
     jax.set_mesh(make_mesh(args))
     split, where = P("seeds"), TrainState(agent=P("seeds"), envs=P("seeds", "envs"))  # axes over devices
@@ -503,7 +503,7 @@ def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, An
         bad.replace(bad.with_suffix(".bad"))  # or it might be taken later, beside other rows than its own
     for name in sizes:
         os.truncate(run_dir / name, meta["bytes"].get(name, 0))
-    return jax.tree.map(jnp.array, state), meta
+    return state, meta
 
 def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
     """A thread's work: rows to Weights & Biases until None comes, offline once that fails; nobody waits."""

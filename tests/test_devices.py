@@ -1,0 +1,139 @@
+"""A seed's numbers do not depend on how many seeds or devices there are, on one and four of them."""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SCRIPTS, name_of
+
+import gorl_fm_ppo
+
+HERE = Path(__file__).parent
+DEVICES = "--xla_force_host_platform_device_count="
+# With the same arithmetic, these are exactly the same; the rest to rounding.
+EXACT = re.compile(r"\['first'\]")
+
+
+def run(count, *command):
+    """Runs Python with so many virtual devices."""
+    env = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}{count}"}
+    return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    """What devices.py computes on one and on four devices."""
+    folder = tmp_path_factory.mktemp("devices")
+
+    def on(count):
+        done = run(count, HERE / "devices.py", folder / f"{count}.npz")
+        assert done.returncode == 0, done.stderr[-3000:]
+        with np.load(folder / f"{count}.npz") as file:
+            return dict(file)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((1, 4), pool.map(on, (1, 4)), strict=True))
+
+
+def of(arrays, prefix):
+    found = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+    assert found
+    return found
+
+
+def compare(got, want):
+    assert set(got) == set(want)
+    for name, array in want.items():
+        if EXACT.search(name):
+            np.testing.assert_allclose(got[name], array, rtol=1e-6, atol=1e-7, err_msg=name)
+        else:
+            scale = max(1.0, np.abs(np.float64(array)).max(initial=0))
+            np.testing.assert_allclose(got[name], array, atol=1e-4 * scale, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+@pytest.mark.parametrize(("devices", "seeds"), [(1, 4), (4, 1), (4, 2)])
+def test_a_seed_is_the_same_beside_others_and_on_more_devices(computed, script, devices, seeds):
+    """Otherwise results depend on the machine: initial states, a rollout, gradients on the same data."""
+    want = of(computed[1], f"{script.__name__}/1/2/")
+    assert any("gradient" in name for name in want) and any("first" in name for name in want)
+    compare(of(computed[devices], f"{script.__name__}/{seeds}/2/"), want)
+
+
+def test_seeds_differ(computed):
+    """Otherwise the comparison above is one of constants, and several seeds are one."""
+    one, two = (of(computed[1], f"ppo_gaussian/4/{seed}/") for seed in (1, 2))
+    assert any(np.abs(one[k] - two[k]).max() > 0.1 for k in one if "first" in k)
+
+
+def test_physics_on_four_devices(computed):
+    """Otherwise MuJoCo's loops give other physics when environments lie on several devices."""
+    want, got = (of(computed[count], "real/ppo_gaussian/1/2/") for count in (1, 4))
+    compare({k: got[k] for k in want if "state" not in k}, {k: want[k] for k in want if "state" not in k})
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_every_program_is_compiled_once(computed, devices):
+    """Otherwise minutes go into compiling the same program for another layout of the same data."""
+    programs = of(computed[devices], "gorl_fm_ppo/2/programs/")
+    assert set(programs) == {"begin", "iteration", "evaluate", "decoder_epoch"}
+    assert all(count == 1 for count in programs.values()), programs
+
+
+TINY = "--num-envs 4 --unroll-length 5 --batch-size 4 --num-minibatches 2 --update-epochs 2 --eval-envs 4"
+TINY = f"{TINY} --episode-length 20 --eval-every 80 --decoder-epochs 2 --decoder-batch-size 16".split()
+TINY += ["--decoder-buffer-size", "80", "--num-seeds", "2"]
+
+
+def test_a_run_goes_on_with_other_devices(tmp_path):
+    """Otherwise a job that is requeued on another machine cannot resume."""
+    command = HERE / "toy.py", "gorl_fm_ppo"
+    stages = "--stage-timesteps", 80, 40
+    for count, more in ((4, stages), (1, (*stages, 40)), (4, (*stages, 80))):
+        resume = [x for run_dir in tmp_path.glob("moved/*") for x in ("--resume", run_dir)]
+        done = run(count, *command, *TINY, "--runs-dir", tmp_path / "moved", *more, *resume)
+        assert done.returncode == 0 and "finished" in done.stdout, done.stderr[-2000:]
+    done = run(1, *command, *TINY, "--runs-dir", tmp_path / "stayed", *stages, 80)
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = [next(tmp_path.glob(f"{name}/*/eval.csv")) for name in ("moved", "stayed")]
+    moved, stayed = (np.genfromtxt(file, delimiter=",", names=True) for file in files)
+    moved = moved[np.isin(moved["step"], stayed["step"])]  # without the evaluations at the former ends
+    np.testing.assert_array_equal(moved["step"], stayed["step"])
+    np.testing.assert_allclose(moved["return_mean"], stayed["return_mean"], rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--num-envs", "6", "--batch-size", "6"], "--num-envs: got 6; takes a multiple of 4"),
+        (["--batch-size", "6"], "--batch-size: got 6; takes a multiple of 4"),
+        (["--eval-envs", "5"], "--eval-envs: got 5; takes a multiple of 4"),
+        (["--decoder-batch-size", "18"], "--decoder-batch-size: got 18; takes a multiple of 4"),
+        (["--decoder-buffer-size", "2000000000"], "--decoder-buffer-size: got 2000000000; takes fewer pairs"),
+    ],
+)
+def test_what_does_not_fit_the_devices_is_refused(tmp_path, change, message):
+    """Otherwise a user sees a traceback of JAX, or the machine runs out of memory, after minutes."""
+    args = [*TINY[:-1], "3", "--runs-dir", tmp_path / "runs", "--stage-timesteps", 80, 80, *change]
+    done = run(4, HERE / "toy.py", "gorl_fm_ppo", *args)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_decoders_data_are_counted(monkeypatch, make_args, capsys, point_mass):
+    """Otherwise a ring that fits is refused, or one that does not is allocated."""
+    monkeypatch.setattr(gorl_fm_ppo, "make_env", lambda args: point_mass)
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1200}
+    monkeypatch.setattr(os, "sysconf", pages.get)
+    pair = 4 * (3 + 2 + 1)  # bytes of an observation, a u and a reward of the point mass
+    fits = make_args(num_seeds=2, decoder_buffer_size=1200 // 2 // pair - 1, decoder_batch_size=4)
+    gorl_fm_ppo.make_mesh(fits)
+    too_large = make_args(num_seeds=2, decoder_buffer_size=1200 // 2 // pair, decoder_batch_size=4)
+    with pytest.raises(SystemExit):
+        gorl_fm_ppo.make_mesh(too_large)
+    assert "--decoder-buffer-size" in capsys.readouterr().err
