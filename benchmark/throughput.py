@@ -9,9 +9,9 @@ After `--` come the arguments of the script or scripts. Prints tables, and JSON 
 
 One script: seconds to trace and lower, and to compile, a run's programs, in a process with an empty cache
 (cold) and in another with that cache filled (warm). Start-up is their sum but for the decoder epoch, which
-comes later; a run waits less, as it compiles its iteration during the first evaluation. Then phases, one of
-each in turn, so that other work on the machine slows all of them; the fastest of `--repeats` counts. `sps`
-are environment steps a second of all seeds. Several scripts: their whole iterations, in turn.
+comes later. Then phases, one of each in turn, so that other work on the machine slows all of them; the
+fastest of `--repeats` counts. `sps` are environment steps a second of all seeds. Several scripts: their whole
+iterations, in turn.
 
 `--versus` runs processes, A B A B: A is the first script, in a temporary `--runs-dir`, B the command (no
 shell). Wall seconds include start-up and evaluations; compilation caches are left as they are, so the first
