@@ -137,6 +137,7 @@ def each_seed(args: "Args", f: Any, axes: tuple, out: Any, **options: Any) -> An
     def single(*xs: Any) -> Any:
         xs = (jax.tree.map(lambda y: y[0], x) if axis == 0 else x for x, axis in zip(xs, axes, strict=True))
         return jax.tree.map(lambda y: y[None], f(*xs))
+    single.__name__ = f.func.__name__
     mapped = single if args.num_seeds == 1 else jax.vmap(f, axes, spmd_axis_name="seeds")
     return jax.jit(mapped, out_shardings=out, **options)
 
@@ -374,13 +375,12 @@ def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index
 def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     """Training from the newest good checkpoint: true at its end, false if `caught` has a signal before."""
     env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
-    seed_keys = np.asarray(jax.vmap(jax.random.PRNGKey)(seeds))  # on no device yet, like a restored state
+    seed_keys = np.asarray(jax.vmap(jax.random.PRNGKey)(seeds))  # on no device, as a restored state
     size, end = args.batch_size * args.num_minibatches * args.unroll_length, iterations(args)
     jax.set_mesh(make_mesh(args))
-    split, where = P("seeds"), TrainState(agent=P("seeds"), envs=P("seeds", "envs"))  # axes over devices
+    where = TrainState(agent=P("seeds"), envs=P("seeds", "envs"))  # the axes over devices
     fresh = partial(each_seed(args, partial(begin, args, env), (0, None), where), seed_keys)
-    moves = {"in_shardings": (where, split, P()), "donate_argnums": 0}
-    iterate = each_seed(args, partial(iteration, args, env), (0, 0, None), (where, P()), **moves)
+    iterate = each_seed(args, partial(iteration, args, env), (0, 0, None), (where, P()), donate_argnums=0)
     returns = each_seed(args, partial(evaluate, args, env), (0, 0, None, None), P())
     run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
     state, meta = restore(run_dir, jax.eval_shape(fresh, 0), run)
@@ -389,7 +389,8 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     row = partial(log, run_dir, report, seed=seeds)  # to a CSV file, and as a dict to `report`
     look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
     bar = tqdm(total=end * size * len(seeds), initial=done * size * len(seeds), file=sys.stdout, **look)
-    evaluating, state = not state, state or fresh(0)
+    evaluating, place = not state, jax.jit(lambda state: state, out_shardings=where)
+    state = place(state) if state else fresh(0)
     if state.envs is None:
         bar.write("The checkpoint has no environments: fresh episodes from here on.")
         state = state.replace(envs=fresh(10**6 + done).envs)
@@ -485,7 +486,7 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
     """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
     arrays = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
-    with (aside := path.with_suffix(".tmp")).open("wb") as file:
+    with (aside := path.with_name("unfinished.tmp")).open("wb") as file:
         np.savez(file, meta=json.dumps(meta), **arrays)
         file.flush()
         os.fsync(file.fileno())

@@ -145,6 +145,7 @@ def each_seed(args: "Args", f: Any, axes: tuple, out: Any, **options: Any) -> An
     def single(*xs: Any) -> Any:
         xs = (jax.tree.map(lambda y: y[0], x) if axis == 0 else x for x, axis in zip(xs, axes, strict=True))
         return jax.tree.map(lambda y: y[None], f(*xs))
+    single.__name__ = f.func.__name__
     mapped = single if args.num_seeds == 1 else jax.vmap(f, axes, spmd_axis_name="seeds")
     return jax.jit(mapped, out_shardings=out, **options)
 
@@ -230,7 +231,6 @@ def init_agent(args: Args, obs_dim: int, action_dim: int, key: Array) -> Agent:
     net = init_mlp(decoder_key, (obs_dim + action_dim + 8, 64, 64, 64, 64, action_dim), zero_last=True)
     stats = RunningStats(count=jnp.zeros(()), mean=jnp.zeros(obs_dim), var=jnp.ones(obs_dim))
     return Agent(params=params, opt=opt, stats=stats, decoder={"net": net, "stats": stats})
-
 def start_stage(args: Args, agent: Agent, decoder: Any, fresh: Agent) -> Agent:
     """Encoder and its Adam state start afresh, at N(0, I) (section 3.2); critic and statistics carry on."""
     old = fresh if args.reinit_critic else agent
@@ -424,15 +424,14 @@ def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index
 def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     """Algorithm 1 from the newest good checkpoint: true at its end, false if `caught` has a signal before."""
     env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
-    seed_keys = np.asarray(jax.vmap(jax.random.PRNGKey)(seeds))  # on no device yet, like a restored state
+    seed_keys = np.asarray(jax.vmap(jax.random.PRNGKey)(seeds))  # on no device, as a restored state
     size, ends = args.batch_size * args.num_minibatches * args.unroll_length, stage_ends(args)
     jax.set_mesh(make_mesh(args))
     split, axes = P("seeds"), (0, 0, None, None)  # the axes over devices; those of arguments over seeds
     where = TrainState(agent=split, envs=P("seeds", "envs"), ring=P("seeds", None, "envs"), learner=split)
     of_pass = (None, 0, 0, 0, 0, None), (split, split, P())
     fresh = partial(each_seed(args, partial(begin, args, env), (0, None), where), seed_keys)
-    moves = {"in_shardings": (where, split, P(), P()), "donate_argnums": 0}
-    iterate = each_seed(args, partial(iteration, args, env), axes, (where, P()), **moves)
+    iterate = each_seed(args, partial(iteration, args, env), axes, (where, P()), donate_argnums=0)
     returns = each_seed(args, partial(evaluate, args, env), axes, P())
     decoder_pass = each_seed(args, partial(decoder_epoch, args), *of_pass, static_argnums=0)
     run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
@@ -443,7 +442,8 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     row = partial(log, run_dir, report, seed=seeds)  # to a CSV file, and as a dict to `report`
     look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
     bar = tqdm(total=ends[-1] * size * len(seeds), initial=done * size * len(seeds), file=sys.stdout, **look)
-    evaluating, refined, state = not state, False, state or fresh(0).replace(learner=None)
+    evaluating, refined, place = not state, False, jax.jit(lambda state: state, out_shardings=where)
+    state = place(state) if state else fresh(0).replace(learner=None)
     if state.envs is None:
         bar.write("The checkpoint has no environments: fresh episodes, and decoder data from here on only.")
         state, recorded = state.replace(envs=fresh(10**6 + done).envs), 0  # no stage has that index
@@ -523,7 +523,7 @@ def parse_args() -> Args:
     """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
     args = tyro.cli(Args)
     preset = replace(Args(preset=args.preset), **CPU_PRESET if args.preset == "cpu" else {})
-    base = load_args(args.resume) if args.resume else preset
+    base = preset if args.resume is None else load_args(args.resume)
     require(base is not None, "resume", args.resume, f"a run of {Path(__file__).name}, with its args.json")
     no = -(2**63)  # not given: budgets are checked against each other, and may grow on resuming
     new = tyro.cli(Args, default=replace(base, resume=args.resume, total_timesteps=no, stage_timesteps=(no,)))
@@ -583,7 +583,7 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
     """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
     arrays = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
-    with (aside := path.with_suffix(".tmp")).open("wb") as file:
+    with (aside := path.with_name("unfinished.tmp")).open("wb") as file:
         np.savez(file, meta=json.dumps(meta), **arrays)
         file.flush()
         os.fsync(file.fileno())

@@ -131,7 +131,7 @@ def test_wrong_arguments(script, argument, line, monkeypatch, capsys):
 def test_tracking_without_wandb(script, monkeypatch, capsys):
     """Otherwise a run fails after its directory is made, or after compiling."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--track"])
-    monkeypatch.setattr(script, "find_spec", {"wandb": None}.get)
+    monkeypatch.setattr(script.util, "find_spec", {"wandb": None}.get)
     with pytest.raises(SystemExit) as stopped:
         script.check(script.parse_args())
     error = capsys.readouterr().err

@@ -116,11 +116,11 @@ def wait_for(phase, process, runs, rng):
     if process.poll() is not None:
         return False
     run_dir, seen = found[0].parent, -1
-    file = {"decoder": "decoder.csv", "checkpoint": "checkpoints/*.tmp"}.get(phase, "train.csv")
+    file = {"decoder": "decoder.csv", "checkpoint": "checkpoints/unfinished.tmp"}.get(phase, "train.csv")
     events = int(rng.integers(2, 5))  # the first event is the one that is there already
     while process.poll() is None:
         time.sleep(0.0003)
-        now = sum(map(size, run_dir.glob(file)))
+        now = size(run_dir / file)
         if now != seen and (phase != "checkpoint" or now):
             seen, events = now, events - 1
             if events <= 0 and (phase != "evaluation" or evaluates(run_dir)):
