@@ -1,4 +1,4 @@
-"""Our scripts and the public GoRL code's, whole iterations in turn, in one process: steps/s and their ratio.
+r"""Our scripts and the public GoRL code's, whole iterations in turn, in one process: steps/s and their ratio.
 
     git clone https://github.com/bennidict23/GoRL ../GoRL && pip install jax_dataclasses
     python benchmark/public_gorl.py --checkout ../GoRL --out results/throughput/public.json
@@ -8,6 +8,12 @@ physics backend of ours (Playground's default is another). Both sides do the sam
 minibatches and epochs with the same networks; shuffling, targets and advantages are alike; it computes more
 metrics. The first two iterations of both are not counted (it compiles twice). `decoder_*` is a gradient step
 at `--decoder-batch-size`: theirs as it trains, without `jit`; `their_jitted` is the same in `jit`.
+
+With the versions that it pins, in an environment of its own (and `optax`), whole processes in turn:
+
+    python benchmark/throughput.py --scripts ppo_gaussian --rounds 2 --versus 'OTHER_ENV/bin/python \
+        benchmark/public_gorl.py --alone --checkout ../GoRL --methods ppo' --versus-sps 'steps/s: ([0-9.]+)' \
+        -- --env-id CheetahRun --num-envs 256 --batch-size 64 --total-timesteps 245760 --eval-every 180000000
 """
 
 import json
@@ -49,6 +55,7 @@ class Bench:
     update_epochs: int = 16
     decoder_batch_size: int = 8192
     rounds: int = 3  # timed iterations of each
+    alone: bool = False  # only theirs: in an environment with the versions that it pins
     out: str | None = None  # a file for the JSON
 
 
@@ -194,6 +201,17 @@ def main() -> None:
     result |= {"device": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
     result |= {"python": platform.python_version(), "processor_cores": len(os.sched_getaffinity(0))}
     start, steps = time.perf_counter(), bench.batch_size * bench.num_minibatches * 30
+    if bench.alone:
+        from mujoco_playground import dm_control_suite
+
+        config = dm_control_suite.get_default_config(bench.env_id)
+        if "impl" in config:
+            config.impl = "jax"
+        env = dm_control_suite.load(bench.env_id, config=config)
+        for method in bench.methods:
+            seconds = in_turn({"theirs": theirs(bench, method, env)}, bench.rounds)["theirs"]
+            print(f"{method}: {seconds}; steps/s: {steps / median(seconds):.1f}", flush=True)
+        return
     for method in bench.methods:
         mine, env = ours(bench, method)
         calls = {"ours": mine, "theirs": theirs(bench, method, env)}
