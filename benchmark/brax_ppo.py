@@ -55,7 +55,8 @@ def progress(write: Callable[[str], object], seed: int, start: float, step: int,
     """One row of eval.csv. Brax reports mean and standard deviation only."""
     mean, std = (float(metrics[f"eval/episode_reward{suffix}"]) for suffix in ("", "_std"))
     write(f"{seed},{step},0,{mean:.7g},{std:.7g},nan,nan,{time.time() - start:.7g}\n")
-    print(f"seed {seed}, step {step:,}: return {mean:.1f} +- {std:.1f}", flush=True)
+    sps = metrics.get("training/sps", 0.0)  # since the evaluation before, compilation included
+    print(f"seed {seed}, step {step:,}: return {mean:.1f} +- {std:.1f}; steps/s: {sps:.1f}", flush=True)
 
 
 def main() -> None:
