@@ -77,7 +77,7 @@ def test_physics_on_four_devices(computed):
     Accelerations at rest, where 200 steps of CheetahRun's reset lead, are differences of forces 100 times larger.
     """
     want, got = (of(computed[count], "real/ppo_gaussian/1/2/") for count in (1, 4))
-    names = [k for k in want if k.endswith((".qpos", ".qvel", "obs", "obs']", "reward']"))]
+    names = [k for k in want if k.endswith((".qpos", ".qvel", ".obs", "['obs']", "['reward']"))]
     assert len(names) >= 5 and set(got) == set(want), names
     compare({k: got[k] for k in names}, {k: want[k] for k in names})
 
