@@ -127,21 +127,22 @@ def check_common(args: "Args") -> None:
     require("/" not in args.exp_name, "exp_name", args.exp_name, "a name without slashes")
 
 def make_mesh(args: "Args") -> Any:
-    """All devices: each row has some of the seeds, and the devices in a row share their environments."""
+    """All devices, in rows that have some seeds each and share their environments; checks what that asks."""
     rows, every, env = np.gcd(args.num_seeds, jax.device_count()), jax.device_count(), make_env(args)
     for name in ("num_envs", "batch_size", "eval_envs", "decoder_batch_size"):
-        got, takes = getattr(args, name, 0), f"a multiple of {every // rows}: a seed has that many devices"
+        got, takes = getattr(args, name, 0), f"a multiple of {every // rows}, a seed's devices"
         require(got % (every // rows) == 0, name, got, takes)
+    require(args.impl == "jax" or every == 1, "impl", args.impl, "jax on several devices (or show JAX one)")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
     has = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host) * every / args.num_seeds
-    got, takes = getattr(args, "decoder_buffer_size", 0), f"fewer pairs: there are {has / 1e9:.1f} GB a seed"
-    require(4 * got * (env.observation_size + env.action_size + 1) < has, "decoder_buffer_size", got, takes)
+    got, takes = getattr(args, "decoder_buffer_size", 0), f"fewer, as a seed has {has / 1e9:.1f} GB"
+    require(8 * got * (env.observation_size + env.action_size + 1) < has, "decoder_buffer_size", got, takes)
     return jax.make_mesh((rows, every // rows), ("seeds", "envs"), (jax.sharding.AxisType.Auto,) * 2)
 def spread(x: Any, *axes: str) -> Any:
     """x with its leading axes laid over these of the mesh; over none, there is a copy on each device."""
     return x if jax.sharding.get_abstract_mesh().size <= 1 else lax.with_sharding_constraint(x, P(*axes))
 def each_seed(args: "Args", f: Any, axes: tuple, out: Any, **options: Any) -> Any:
-    """f mapped over seeds, compiled; a single one goes without `vmap`, whose products are slower on CPUs."""
+    """f, a partial, mapped over seeds, compiled; one seed goes without `vmap`, as that is slower on CPUs."""
     def single(*xs: Any) -> Any:
         xs = (jax.tree.map(lambda y: y[0], x) if axis == 0 else x for x, axis in zip(xs, axes, strict=True))
         return jax.tree.map(lambda y: y[None], f(*xs))
@@ -236,12 +237,10 @@ def start_stage(args: Args, agent: Agent, decoder: Any, fresh: Agent) -> Agent:
     old = fresh if args.reinit_critic else agent
     params, opt = ({**getattr(old, k), "encoder": getattr(fresh, k)["encoder"]} for k in ("params", "opt"))
     return old.replace(params=params, opt=opt, decoder=decoder)
-
 def latent_distribution(encoder: Any, obs: Array) -> tuple[Array, Array]:
     """Mean and std, (..., action_dim) each, of pi(latent | s) at normalised observations (App. E.3)."""
     mean, raw = jnp.split(mlp(encoder, obs), 2, axis=-1)
     return mean, jnp.clip(jax.nn.softplus(raw + np.log(np.e - 1)), 1e-3, 10.0)  # of output 0: N(0, I)
-
 def velocity(net: Any, obs: Array, a: Array, t: Array) -> Array:
     """The network at normalised observations, a_t (..., action_dim), time t (..., 1) in [0, 1] (App. C)."""
     angles = t * 2.0 ** jnp.arange(4)
@@ -429,6 +428,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     jax.set_mesh(make_mesh(args))
     split, axes = P("seeds"), (0, 0, None, None)  # the axes over devices; those of arguments over seeds
     where = TrainState(agent=split, envs=P("seeds", "envs"), ring=P("seeds", None, "envs"), learner=split)
+    where = where if args.impl == "jax" else split  # on one device: some of its arrays have no envs
     of_pass = (None, 0, 0, 0, 0, None), (split, split, P())
     fresh = partial(each_seed(args, partial(begin, args, env), (0, None), where), seed_keys)
     iterate = each_seed(args, partial(iteration, args, env), axes, (where, P()), donate_argnums=0)
@@ -473,7 +473,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
         if done < ends[stage]:  # Phase 1 of Algorithm 1
             began = time.time()
             state, metrics = iterate(state, seed_keys, done, (stage, recorded))
-            metrics, done, recorded = jax.tree.map(np.asarray, metrics), done + 1, recorded + 1
+            metrics, done, recorded = jax.device_get(metrics), done + 1, recorded + 1
             clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
             row("train", step=done * size, stage=stage, **clock, **metrics, iteration=done)
             bar.update(size * len(seeds))
@@ -483,9 +483,9 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
             continue
         pairs = min(recorded * size, state.ring["reward"][0].size)  # Phase 2, an epoch of it
         if epoch == 0:
-            decoder, opt = fresh(stage + 1).learner
+            decoder, opt = jax.jit(lambda i: fresh(i).learner, out_shardings=split)(stage + 1)  # no ring
             net = decoder["net"] if args.decoder_from_scratch else state.agent.decoder["net"]
-            decoder = {"net": net, "stats": jax.tree.map(jnp.copy, state.agent.stats)}  # donated, too
+            decoder = {"net": net, "stats": jax.tree.map(jnp.copy, state.agent.stats)}  # both are donated
             state = state.replace(learner=(decoder, opt))
         index = (stage + 1) * args.decoder_epochs + epoch
         *learner, loss = decoder_pass(pairs, *state.learner, state.ring, seed_keys, index)
@@ -493,11 +493,12 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
         state, epoch, evaluating = state.replace(learner=tuple(learner)), epoch + 1, False
         bar.set_postfix_str(f"decoder {stage + 1}, epoch {epoch}/{args.decoder_epochs}")
         if refined := epoch == args.decoder_epochs:  # the next stage: the encoder starts again at N(0, I)
+            rewards = state.ring["reward"].reshape(len(seeds), -1)[:, :pairs]
+            state, reward = state.replace(ring=None), rewards.mean(1)  # before there is a new ring
             new = fresh(stage + 1)
             agent = start_stage(args, state.agent, learner[0], new.agent)
             # Return before and after, from the same initial states with the same noise.
             r = [np.asarray(returns(a, seed_keys, 2 * done + 1, False)).mean(1) for a in (state.agent, agent)]
-            reward = state.ring["reward"].reshape(len(seeds), -1)[:, :pairs].mean(1)
             data = {"pairs": pairs, "reward_mean": reward, "return_before": r[0], "return_after": r[1]}
             row("refine", step=step, stage=stage + 1, **data)
             bar.write(f"decoder {stage + 1}: stochastic return {r[0].round(1)} before, {r[1].round(1)} after")
@@ -518,7 +519,6 @@ def check(args: Args) -> None:
         got, capacity = args.decoder_batch_size, args.decoder_buffer_size // args.num_envs * args.num_envs
         pairs, name = min((end - start) * size, capacity), "--decoder-batch-size, --decoder-buffer-size"
         require(got <= pairs, name, got, f"a batch of at most the {pairs} pairs that stage {m} records")
-
 def parse_args() -> Args:
     """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
     args = tyro.cli(Args)

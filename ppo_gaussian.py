@@ -116,21 +116,22 @@ def check_common(args: "Args") -> None:
     require("/" not in args.exp_name, "exp_name", args.exp_name, "a name without slashes")
 
 def make_mesh(args: "Args") -> Any:
-    """All devices: each row has some of the seeds, and the devices in a row share their environments."""
+    """All devices, in rows that have some seeds each and share their environments; checks what that asks."""
     rows, every, env = np.gcd(args.num_seeds, jax.device_count()), jax.device_count(), make_env(args)
     for name in ("num_envs", "batch_size", "eval_envs", "decoder_batch_size"):
-        got, takes = getattr(args, name, 0), f"a multiple of {every // rows}: a seed has that many devices"
+        got, takes = getattr(args, name, 0), f"a multiple of {every // rows}, a seed's devices"
         require(got % (every // rows) == 0, name, got, takes)
+    require(args.impl == "jax" or every == 1, "impl", args.impl, "jax on several devices (or show JAX one)")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
     has = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host) * every / args.num_seeds
-    got, takes = getattr(args, "decoder_buffer_size", 0), f"fewer pairs: there are {has / 1e9:.1f} GB a seed"
-    require(4 * got * (env.observation_size + env.action_size + 1) < has, "decoder_buffer_size", got, takes)
+    got, takes = getattr(args, "decoder_buffer_size", 0), f"fewer, as a seed has {has / 1e9:.1f} GB"
+    require(8 * got * (env.observation_size + env.action_size + 1) < has, "decoder_buffer_size", got, takes)
     return jax.make_mesh((rows, every // rows), ("seeds", "envs"), (jax.sharding.AxisType.Auto,) * 2)
 def spread(x: Any, *axes: str) -> Any:
     """x with its leading axes laid over these of the mesh; over none, there is a copy on each device."""
     return x if jax.sharding.get_abstract_mesh().size <= 1 else lax.with_sharding_constraint(x, P(*axes))
 def each_seed(args: "Args", f: Any, axes: tuple, out: Any, **options: Any) -> Any:
-    """f mapped over seeds, compiled; a single one goes without `vmap`, whose products are slower on CPUs."""
+    """f, a partial, mapped over seeds, compiled; one seed goes without `vmap`, as that is slower on CPUs."""
     def single(*xs: Any) -> Any:
         xs = (jax.tree.map(lambda y: y[0], x) if axis == 0 else x for x, axis in zip(xs, axes, strict=True))
         return jax.tree.map(lambda y: y[None], f(*xs))
@@ -358,6 +359,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     size, end = args.batch_size * args.num_minibatches * args.unroll_length, iterations(args)
     jax.set_mesh(make_mesh(args))
     where = TrainState(agent=P("seeds"), envs=P("seeds", "envs"))  # the axes over devices
+    where = where if args.impl == "jax" else P("seeds")  # on one device: some of its arrays have no envs
     fresh = partial(each_seed(args, partial(begin, args, env), (0, None), where), seed_keys)
     iterate = each_seed(args, partial(iteration, args, env), (0, 0, None), (where, P()), donate_argnums=0)
     returns = each_seed(args, partial(evaluate, args, env), (0, 0, None, None), P())
@@ -389,7 +391,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
             break
         began = time.time()
         state, metrics = iterate(state, seed_keys, done)
-        metrics, done = jax.tree.map(np.asarray, metrics), done + 1
+        metrics, done = jax.device_get(metrics), done + 1
         clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
         row("train", step=done * size, stage=0, **clock, **metrics, iteration=done)
         bar.update(size * len(seeds))

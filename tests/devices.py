@@ -118,7 +118,10 @@ def main() -> None:
         args = make_args(script, **coefficients)
         for first, num_seeds in ((2, 1), (1, 4 if jax.device_count() == 1 else 2)):
             found |= of_seeds(script, args, PointMass(), one_unroll_and_gradient, first, num_seeds)
-    found |= compilations(gorl_fm_ppo, 2)
+    if jax.device_count() == 4:  # two rows of two devices, three seeds each
+        args = make_args(gorl_fm_ppo, kl_coef=0.0, clip_eps=0.2)
+        found |= of_seeds(gorl_fm_ppo, args, PointMass(), one_unroll_and_gradient, 1, 6)
+    found |= compilations(gorl_fm_ppo, 1) | compilations(gorl_fm_ppo, 2)
     found |= {f"real/{k}": v for k, v in of_seeds(ppo_gaussian, cheetah, env, physics, 2, 1).items()}
     np.savez(sys.argv[1], **found)
 

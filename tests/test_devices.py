@@ -65,6 +65,11 @@ def test_a_seed_is_the_same_beside_others_and_on_more_devices(computed, script, 
     compare(of(computed[devices], f"{script.__name__}/{seeds}/2/"), want)
 
 
+def test_three_seeds_on_two_devices_each(computed):
+    """Otherwise seeds that share devices with others and environments with other devices mix."""
+    compare(of(computed[4], "gorl_fm_ppo/6/2/"), of(computed[1], "gorl_fm_ppo/1/2/"))
+
+
 def test_seeds_differ(computed):
     """Otherwise the comparison above is one of constants, and several seeds are one."""
     one, two = (of(computed[1], f"ppo_gaussian/4/{seed}/") for seed in (1, 2))
@@ -74,7 +79,7 @@ def test_seeds_differ(computed):
 def test_physics_on_four_devices(computed):
     """Otherwise MuJoCo's loops give other physics when environments lie on several devices.
 
-    Accelerations at rest, where 200 steps of CheetahRun's reset lead, are differences of forces 100 times larger.
+    Accelerations at rest, where 200 steps of CheetahRun's reset lead, are differences of larger forces.
     """
     want, got = (of(computed[count], "real/ppo_gaussian/1/2/") for count in (1, 4))
     names = [k for k in want if k.endswith((".qpos", ".qvel", ".obs", "['obs']", "['reward']"))]
@@ -83,9 +88,10 @@ def test_physics_on_four_devices(computed):
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_every_program_is_compiled_once(computed, devices):
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_every_program_is_compiled_once(computed, devices, seeds):
     """Otherwise minutes go into compiling the same program for another layout of the same data."""
-    programs = of(computed[devices], "gorl_fm_ppo/2/programs/")
+    programs = of(computed[devices], f"gorl_fm_ppo/{seeds}/programs/")
     assert set(programs) == {"begin", "iteration", "evaluate", "decoder_epoch"}
     assert all(count == 1 for count in programs.values()), programs
 
@@ -118,8 +124,9 @@ def test_a_run_goes_on_with_other_devices(tmp_path):
         (["--num-envs", "6", "--batch-size", "6"], "--num-envs: got 6; takes a multiple of 4"),
         (["--batch-size", "6"], "--batch-size: got 6; takes a multiple of 4"),
         (["--eval-envs", "5"], "--eval-envs: got 5; takes a multiple of 4"),
+        (["--impl", "warp"], "--impl: got warp; takes jax on several devices"),
         (["--decoder-batch-size", "18"], "--decoder-batch-size: got 18; takes a multiple of 4"),
-        (["--decoder-buffer-size", "2000000000"], "--decoder-buffer-size: got 2000000000; takes fewer pairs"),
+        (["--decoder-buffer-size", "2000000000"], "--decoder-buffer-size: got 2000000000; takes fewer"),
     ],
 )
 def test_what_does_not_fit_the_devices_is_refused(tmp_path, change, message):
@@ -131,9 +138,9 @@ def test_what_does_not_fit_the_devices_is_refused(tmp_path, change, message):
 
 
 def test_the_decoders_data_are_counted(monkeypatch, make_args, capsys, point_mass):
-    """Otherwise a ring that fits is refused, or one that does not is allocated."""
+    """Otherwise a ring that fits is refused, or one that does not is allocated; resuming needs two."""
     monkeypatch.setattr(gorl_fm_ppo, "make_env", lambda args: point_mass)
-    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1200}
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2400}
     monkeypatch.setattr(os, "sysconf", pages.get)
     pair = 4 * (3 + 2 + 1)  # bytes of an observation, a u and a reward of the point mass
     fits = make_args(num_seeds=2, decoder_buffer_size=1200 // 2 // pair - 1, decoder_batch_size=4)
@@ -142,3 +149,15 @@ def test_the_decoders_data_are_counted(monkeypatch, make_args, capsys, point_mas
     with pytest.raises(SystemExit):
         gorl_fm_ppo.make_mesh(too_large)
     assert "--decoder-buffer-size" in capsys.readouterr().err
+
+
+def test_two_seeds_on_warp(tmp_path):
+    """Otherwise the faster backend serves one seed only: arrays of its contacts have no environments."""
+    args = [*TINY, "--env-id", "CartpoleBalance", "--impl", "warp", "--runs-dir", tmp_path]
+    done = run(1, HERE.parent / "gorl_fm_ppo.py", *args, "--stage-timesteps", 40, 40)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run_dir = next(tmp_path.glob("CartpoleBalance*"))
+    resumed = run(1, HERE.parent / "gorl_fm_ppo.py", "--resume", run_dir, "--stage-timesteps", 40, 40, 40)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    table = np.genfromtxt(run_dir / "eval.csv", delimiter=",", names=True)
+    assert set(table["seed"]) == {1, 2} and table["step"][-1] == 120 and (table["return_mean"] > 0).all()
