@@ -380,7 +380,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     size, end = args.batch_size * args.num_minibatches * args.unroll_length, iterations(args)
     jax.set_mesh(make_mesh(args))
     where = TrainState(agent=P("seeds"), envs=P("seeds", "envs"))  # the axes over devices
-    where = where if args.impl == "jax" else P("seeds")  # on one device: some of its arrays have no envs
+    where = where if args.impl == "jax" else P("seeds")  # warp: one device, arrays without environments
     fresh = partial(each_seed(args, partial(begin, args, env), (0, None), where), seed_keys)
     iterate = each_seed(args, partial(iteration, args, env), (0, 0, None), (where, P()), donate_argnums=0)
     returns = each_seed(args, partial(evaluate, args, env), (0, 0, None, None), P())

@@ -401,8 +401,8 @@ def begin(args: Args, env: MjxEnv, seed_key: Array, index: Any) -> TrainState:
     """A seed's first state, untrained, or that of one of its stages: each `index` gives others."""
     agent = init_agent(args, env.observation_size, env.action_size, derive_key(seed_key, INIT, index))
     envs = reset_envs(env, args.num_envs, derive_key(seed_key, RESET, index))
-    row = {"obs": envs.state.obs, "u": jnp.zeros((args.num_envs, env.action_size)), "reward": envs.steps}
-    ring = {name: jnp.zeros((args.decoder_buffer_size // args.num_envs, *x.shape)) for name, x in row.items()}
+    like = {"obs": envs.state.obs, "u": jnp.zeros((args.num_envs, env.action_size)), "reward": envs.steps}
+    ring = {k: jnp.zeros((args.decoder_buffer_size // args.num_envs, *x.shape)) for k, x in like.items()}
     learner = agent.decoder, optax.adam(args.decoder_learning_rate).init(agent.decoder["net"])
     return TrainState(agent=agent, envs=envs, ring=ring, learner=learner)
 def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index: Any, now: Any) -> tuple:
@@ -428,7 +428,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     jax.set_mesh(make_mesh(args))
     split, axes = P("seeds"), (0, 0, None, None)  # the axes over devices; those of arguments over seeds
     where = TrainState(agent=split, envs=P("seeds", "envs"), ring=P("seeds", None, "envs"), learner=split)
-    where = where if args.impl == "jax" else split  # on one device: some of its arrays have no envs
+    where = where if args.impl == "jax" else split  # warp has one device, and arrays without environments
     of_pass = (None, 0, 0, 0, 0, None), (split, split, P())
     fresh = partial(each_seed(args, partial(begin, args, env), (0, None), where), seed_keys)
     iterate = each_seed(args, partial(iteration, args, env), axes, (where, P()), donate_argnums=0)
@@ -463,11 +463,11 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
             saved_at, refined, left = time.time(), False, (ends[stage] - done) * size
             # No ring while the stage's rest overwrites all of it; a rest without one must fill a batch.
             if exact or left >= args.decoder_batch_size or done == ends[-1]:
-                ring = state.ring if exact and left < args.decoder_buffer_size else None
-                parts = state.replace(ring=ring, envs=state.envs if exact else None)
+                no = ["envs"] * (not exact) + ["ring"] * (not exact or left >= args.decoder_buffer_size)
                 at = {"run": run, "done": done, "stage": stage, "epoch": epoch, "recorded": recorded}
                 name = f"{step:012}_{stage:02}_{epoch:06}"
-                save_state(run_dir, name, parts, **at, wall_time=saved_at - start)
+                at["wall_time"] = saved_at - start
+                save_state(run_dir, name, state.replace(**dict.fromkeys(no)), **at)  # no name keeps the ring
         if stopping or done == ends[-1]:
             break
         if done < ends[stage]:  # Phase 1 of Algorithm 1
@@ -485,7 +485,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
         if epoch == 0:
             decoder, opt = jax.jit(lambda i: fresh(i).learner, out_shardings=split)(stage + 1)  # no ring
             net = decoder["net"] if args.decoder_from_scratch else state.agent.decoder["net"]
-            decoder = {"net": net, "stats": jax.tree.map(jnp.copy, state.agent.stats)}  # both are donated
+            decoder = {"net": net, "stats": jax.tree.map(jnp.copy, state.agent.stats)}  # both get donated
             state = state.replace(learner=(decoder, opt))
         index = (stage + 1) * args.decoder_epochs + epoch
         *learner, loss = decoder_pass(pairs, *state.learner, state.ring, seed_keys, index)

@@ -314,7 +314,8 @@ def own_run(runs_dir: Path) -> tuple[float | None, dict[str, Any]]:
         fail("A left no train.csv in its --runs-dir (--resume cannot be timed)", status=1)
     rows = list(csv.DictReader(found[0].read_text().splitlines()))
     later = [float(row["sps"]) for row in rows if row["step"] != rows[0]["step"]]
-    return median(later) if later else None, json.loads((found[0].parent / "args.json").read_text())
+    args = json.loads((found[0].parent / "args.json").read_text()) | {"runs_dir": "runs"}  # not tempfile's
+    return median(later) if later else None, args
 
 
 def versus(bench: Bench, rest: list[str]) -> dict[str, Any]:

@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import SCRIPTS, name_of
@@ -149,6 +151,31 @@ def test_the_decoders_data_are_counted(monkeypatch, make_args, capsys, point_mas
     with pytest.raises(SystemExit):
         gorl_fm_ppo.make_mesh(too_large)
     assert "--decoder-buffer-size" in capsys.readouterr().err
+
+
+def test_one_set_of_decoder_data_at_a_time(monkeypatch, make_args, point_mass, tmp_path):
+    """Otherwise a run that has trained for hours ends at its first refinement, for lack of memory."""
+    capacity, found, each_seed = 7, [], gorl_fm_ppo.each_seed
+    args = make_args(decoder_buffer_size=4 * capacity, decoder_batch_size=8, decoder_epochs=1)
+    args = replace(args, clip_eps=(0.2,), kl_coef=(0.0,), max_grad_norm=(0.0,))
+
+    def spy(args, f, *rest, **options):
+        compiled = each_seed(args, f, *rest, **options)
+        if f.func is not gorl_fm_ppo.begin:
+            return compiled
+
+        def begin(*xs):
+            if not any(isinstance(x, jax.core.Tracer) for x in xs):  # one that allocates
+                found.append(sum(x.shape == (1, capacity, 4, 3) for x in jax.live_arrays()))
+            return compiled(*xs)
+
+        return begin
+
+    monkeypatch.setattr(gorl_fm_ppo, "make_env", lambda args: point_mass)
+    monkeypatch.setattr(gorl_fm_ppo, "each_seed", spy)
+    (tmp_path / "checkpoints").mkdir()
+    assert gorl_fm_ppo.train(args, tmp_path, [], bool)
+    assert found == [0] * 4  # at the start, and at the end of three refinements
 
 
 def test_two_seeds_on_warp(tmp_path):

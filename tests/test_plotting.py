@@ -641,6 +641,15 @@ def test_the_packed_command_gives_the_run_again(script, line, monkeypatch):
     assert script.parse_args() == replace(args, track=False)  # which is nobody else's business
 
 
+def test_results_hold_no_paths_of_a_machine():
+    """Otherwise a command in `results/` runs on one machine only, and tells what else is there."""
+    files = [f for f in RESULTS.rglob("*") if f.suffix in (".json", ".csv", ".md", ".txt", ".tex", ".patch")]
+    assert len(files) > 50
+    path = re.compile(r"(?<![\w.:/])/(work|tmp|root|home|check|Users|mnt|opt)/")
+    assert path.search('"--out /tmp/x/y"') and not path.search("b/tmp/x")
+    assert [str(f) for f in files if path.search(f.read_text())] == []
+
+
 def test_pack(tmp_path, capsys):
     """Otherwise `results/` holds paths, big files, half runs or logs without their origin."""
     run = tmp_path / "runs/CheetahRun__gorl_fm_ppo__1__17"
