@@ -46,9 +46,8 @@ import numpy as np
 import optax
 import tyro
 from flax import struct
-from jax import Array, lax
+from jax import Array, P, lax
 from jax.scipy.stats import norm
-from jax.sharding import PartitionSpec as P
 from mujoco_playground import MjxEnv, dm_control_suite
 from tqdm import tqdm
 
@@ -85,6 +84,7 @@ class Args:
     decoder_buffer_size: int = 10_000_000  # most recent pairs of a stage, to train the decoder on
     decoder_steps: int = 10  # Euler steps of the flow
     decoder_from_scratch: bool = False  # train each decoder from fresh weights, not its predecessor's
+    decoder_from: str | None = None  # RUN_DIR:STAGE: one stage, on the decoder that this stage had (Figure 6)
     episode_length: int = 1000  # control steps until an episode is cut off
     eval_every: int = 6_000_000  # environment steps between evaluations (ends of stages are evaluated, too)
     eval_envs: int = 128  # episodes an evaluation
@@ -160,7 +160,6 @@ def make_env(args: "Args") -> MjxEnv:
     env._mjx_model = jax.tree.map(lambda x: jnp.array(np.array(x)), env._mjx_model)  # was tied to one device
     env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # traced once for training and evaluation
     return env
-
 def each_env(f: Any) -> Any:
     """`reset` or `step` of many; each device's share by itself, since physics loops until all are done."""
     def many(*x: Any) -> Any:  # the two differ in weak types, for which an iteration would compile twice
@@ -189,11 +188,10 @@ def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
     axes, size = tuple(range(obs.ndim - 2)), obs.size // obs.shape[-1]
     mean = obs.mean(-2).mean(axes)  # in two stages, against float32's rounding
     var = jnp.square(obs - mean).mean(-2).mean(axes)
-    count, delta = stats.count + size, mean - stats.mean
-    share = size / count
+    share, delta = size / (stats.count + size), mean - stats.mean
     # Without the old variance's share, the std would shrink with every batch, and normalised inputs grow.
     var = stats.var + share * (var - stats.var + (1 - share) * jnp.square(delta))
-    return RunningStats(count=count, mean=stats.mean + share * delta, var=var)
+    return RunningStats(count=stats.count + size, mean=stats.mean + share * delta, var=var)
 def normalize(stats: RunningStats, obs: Array) -> Array:
     """Observations (..., obs_dim) in standard deviations, clipped to +-10."""
     return jnp.clip((obs - stats.mean) / jnp.maximum(jnp.sqrt(stats.var), 1e-6), -10.0, 10.0)
@@ -203,7 +201,6 @@ def init_mlp(key: Array, sizes: tuple[int, ...], zero_last: bool = False) -> lis
     kernels = [init(k, shape) for k, shape in zip(keys, pairwise(sizes), strict=True)]
     kernels[-1] *= not zero_last
     return [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in kernels]
-
 silu = jax.custom_jvp(jax.nn.silu)  # its slope is kept for the backward pass, not its sigmoid made again
 silu.defjvps(lambda x_dot, y, x: (y + jax.nn.sigmoid(x) * (1 - y)) * x_dot)
 def mlp(layers: list[dict[str, Array]], x: Array) -> Array:
@@ -279,14 +276,12 @@ def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tu
     return envs, steps, last_obs, metrics | {"u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
 def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Array, Array]:
     """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
-
     Truncated steps teach nothing: advantage 0, target the value itself, no sum across. Of an advantage
     r + gamma * target' - value, an error k > 0 steps later weighs gamma^k lambda^(k-1)."""
     going_on, value = 1.0 - truncated, lax.stop_gradient(value)
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
     def backward(acc: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
-        acc = x[0] + args.gamma * args.gae_lambda * x[1] * acc
-        return acc, acc
+        return (acc := x[0] + args.gamma * args.gae_lambda * x[1] * acc), acc
     target = value[:-1] + lax.scan(backward, jnp.zeros_like(value[0]), (delta, going_on), reverse=True)[1]
     return target, (reward + args.gamma * jnp.concatenate([target[1:], value[-1:]]) - value[:-1]) * going_on
 def critic_terms(args: "Args", critic: Any, batch: Any, last_obs: Array) -> tuple[Array, dict]:
@@ -302,7 +297,6 @@ def clipped_surrogate(args: "Args", log_ratio: Array, advantage: Array) -> dict[
     clipped = jnp.clip(ratio, 1 - args.clip_eps, 1 + args.clip_eps)
     far = {"approx_kl": (ratio - 1 - log_ratio).mean(), "clip_fraction": (clipped != ratio).mean()}
     return far | {"policy_loss": -jnp.minimum(ratio * advantage, clipped * advantage).mean()}
-
 # Leaves (U, T, N, ...) -> (U * N, T, ...).
 as_unrolls = partial(jax.tree.map, lambda x: jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:]))
 def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) -> tuple[Any, dict]:
@@ -314,11 +308,9 @@ def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) ->
         grads, metrics = jax.grad(loss, has_aux=True)(agent.params)
         scale = jnp.where(limit > 0, jnp.minimum(1.0, limit / optax.tree.norm(grads)), 1.0)
         metrics |= {f"grad_norm_{name}": optax.tree.norm(grad) for name, grad in grads.items()}
-        grads = jax.tree.map(lambda g: scale * g, grads)
-        new = {k: adam.update(grad, agent.opt[k]) for k, grad in grads.items()}
+        new = {k: adam.update(optax.tree.scale(scale, grad), agent.opt[k]) for k, grad in grads.items()}
         params = {k: optax.apply_updates(agent.params[k], step) for k, (step, _) in new.items()}
-        agent = agent.replace(params=params, opt={k: opt for k, (_, opt) in new.items()})
-        return agent, metrics
+        return agent.replace(params=params, opt={k: opt for k, (_, opt) in new.items()}), metrics
     def epoch(agent: Any, key: Array) -> tuple[Any, dict]:
         rows_key, key = jax.random.split(key)
         rows = jax.random.permutation(rows_key, len(last_obs)).reshape(args.num_minibatches, args.batch_size)
@@ -330,7 +322,6 @@ INIT, RESET, TRAIN, EVAL_RESET, EVAL_ACT, DECODER = range(6)
 def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
     """The key for a purpose at a point of a run: it depends on the seed, not on how many run beside it."""
     return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), index)
-
 def evaluate(args: "Args", env: MjxEnv, agent: Any, seed_key: Array, index: Any, deterministic: Any) -> Array:
     """Undiscounted returns (eval_envs,) of one episode each; broken physics ends its episode."""
     def step(envs: Envs, key: Array) -> tuple[Envs, tuple]:
@@ -411,8 +402,7 @@ def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index
     batch = as_unrolls(steps._replace(obs=normalize(agent.stats, steps.obs)))
     last_obs = normalize(agent.stats, last_obs).reshape(-1, last_obs.shape[-1])
     agent, metrics = update(args, agent, batch, last_obs, update_key)
-    # Only now do the statistics move: rollout and update saw the same ones, so that every ratio started at 1.
-    agent = agent.replace(stats=merge_stats(agent.stats, steps.obs))
+    agent = agent.replace(stats=merge_stats(agent.stats, steps.obs))  # not before, so ratios started at 1
     ring = record(state.ring, recorded, {k: getattr(steps, k) for k in state.ring})
     return state.replace(agent=agent, envs=envs, ring=ring), metrics | rollout_metrics
 
@@ -440,6 +430,8 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     bar = tqdm(total=ends[-1] * size * len(seeds), initial=done * size * len(seeds), file=sys.stdout, **look)
     evaluating, refined, place = not state, False, jax.jit(lambda state: state, out_shardings=where)
     state = place(state) if state else fresh(0).replace(learner=None)
+    if evaluating and args.decoder_from:
+        state = place(state.replace(agent=state.agent.replace(decoder=frozen_decoder(args, env))))
     if state.envs is None:
         bar.write("The checkpoint has no environments: fresh episodes, and decoder data from here on only.")
         state, recorded = state.replace(envs=fresh(10**6 + done).envs), 0  # no stage has that index
@@ -461,11 +453,10 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
             if exact or left >= args.decoder_batch_size or done == ends[-1]:
                 no = ["envs"] * (not exact) + ["ring"] * (not exact or left >= args.decoder_buffer_size)
                 at = {"run": run, "done": done, "stage": stage, "epoch": epoch, "recorded": recorded}
-                name = f"{step:012}_{stage:02}_{epoch:06}"
-                at["wall_time"] = saved_at - start
+                name, at["wall_time"] = f"{step:012}_{stage:02}_{epoch:06}", saved_at - start
                 save_state(run_dir, name, state.replace(**dict.fromkeys(no)), **at)  # no name keeps the ring
         if stopping or done == ends[-1]:
-            break
+            return done == ends[-1]
         if done < ends[stage]:  # Phase 1 of Algorithm 1
             began = time.time()
             state, metrics = iterate(state, seed_keys, done, (stage, recorded))
@@ -493,13 +484,23 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
             state, reward = state.replace(ring=None), rewards.mean(1)  # before there is a new ring
             new = fresh(stage + 1)
             agent = start_stage(args, state.agent, learner[0], new.agent)
-            # Return before and after, from the same initial states with the same noise.
             r = [np.asarray(returns(a, seed_keys, 2 * done + 1, False)).mean(1) for a in (state.agent, agent)]
             data = {"pairs": pairs, "reward_mean": reward, "return_before": r[0], "return_after": r[1]}
-            row("refine", step=step, stage=stage + 1, **data)
+            row("refine", step=step, stage=stage + 1, **data)  # returns: of the same initial states and noise
             bar.write(f"decoder {stage + 1}: stochastic return {r[0].round(1)} before, {r[1].round(1)} after")
             state, stage, epoch, recorded = new.replace(agent=agent, learner=None), stage + 1, 0, 0
-    return done == ends[-1]
+def frozen_decoder(args: Args, env: MjxEnv) -> Any:
+    """The decoders (K, ...) that these seeds of another run had in a stage: --decoder-from RUN_DIR:STAGE."""
+    run_dir, _, stage = args.decoder_from.rpartition(":")
+    with suppress(Exception):
+        of, at = load_args(run_dir), np.arange(args.seed, args.seed + args.num_seeds)
+        size = of.batch_size * of.num_minibatches * of.unroll_length
+        step = dict(enumerate(stage_ends(of)))[int(stage)] * size
+        agents = load_agents(of, env, Path(run_dir) / "checkpoints" / f"policy_{step}.npz")
+        if (of.env_id, of.decoder_steps) == (args.env_id, args.decoder_steps) and of.seed <= args.seed:
+            return jax.tree.map(lambda x: x[at - of.seed], agents.decoder)
+    takes = "RUN_DIR:STAGE, a finished stage of this script, with the task, --decoder-steps and seeds"
+    require(False, "decoder_from", args.decoder_from, takes)
 def stage_ends(args: Args) -> list[int]:
     """Iterations done when each stage ends: cumulative budgets, rounded to iterations in integers."""
     size = args.batch_size * args.num_minibatches * args.unroll_length
@@ -509,11 +510,13 @@ def check(args: Args) -> None:
     check_common(args)
     size, stages = args.batch_size * args.num_minibatches * args.unroll_length, args.stage_timesteps
     for m, (start, end) in enumerate(pairwise([0, *stage_ends(args)])):
+        require(not (m and args.decoder_from), "stage_timesteps", stages, "one stage, with --decoder-from")
         takes = f"at least one iteration, {size} steps, a stage (a lower --batch-size makes it shorter)"
         require(end > start, "--stage-timesteps, --total-timesteps", f"{stages[m]} for stage {m}", takes)
         got, capacity = args.decoder_batch_size, args.decoder_buffer_size // args.num_envs * args.num_envs
         pairs, name = min((end - start) * size, capacity), "--decoder-batch-size, --decoder-buffer-size"
         require(got <= pairs, name, got, f"a batch of at most the {pairs} pairs that stage {m} records")
+    _ = frozen_decoder(args, make_env(args)) if args.decoder_from and not args.resume else None
 def parse_args() -> Args:
     """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
     args = tyro.cli(Args)
@@ -523,10 +526,9 @@ def parse_args() -> Args:
     no = -(2**63)  # not given: budgets are checked against each other, and may grow on resuming
     new = tyro.cli(Args, default=replace(base, resume=args.resume, total_timesteps=no, stage_timesteps=(no,)))
     stages, total = new.stage_timesteps, new.total_timesteps
-    sixths = [(base.total_timesteps if total == no else total) * n // 6 for n in (0, 2, 4, 5, 6)]
-    old = base.stage_timesteps or tuple(end - start for start, end in pairwise(sixths))  # as App. E.4's
-    if stages == (no,):
-        stages = (*old[:-1], old[-1] + max(0, total - sum(old)))
+    sixths = [(base.total_timesteps if total == no else total) * n // 6 for n in (0, 2, 4, 5, 6)]  # App. E.4
+    old = base.stage_timesteps or tuple(b - a for a, b in pairwise(sixths[: 2 if new.decoder_from else 5]))
+    stages = (*old[:-1], old[-1] + max(0, total - sum(old))) if stages == (no,) else stages
     ok, takes = total == no or 0 < total == sum(stages), "a number above 0, the sum of all stages' steps"
     require(ok, "total_timesteps", total, f"{takes} ({sum(stages)}; resuming, that or more)")
     args = replace(new, stage_timesteps=stages, total_timesteps=sum(stages))
@@ -568,13 +570,11 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
     formats = ["%d" if np.asarray(v).dtype.kind in "iu" else "%.7g" for v in columns.values()]
     with (run_dir / f"{name}.csv").open("a") as file:
         np.savetxt(file, table, formats, ",", header="" if file.tell() else ",".join(columns), comments="")
-    for seed, row in zip(columns["seed"], table.tolist(), strict=True):
-        row = dict(zip(columns, row, strict=True))
-        report({k if k == "step" else f"{name}/{k}/seed_{seed}": v for k, v in row.items()})
+    for row in (dict(zip(columns, numbers, strict=True)) for numbers in table.tolist()):
+        report({k if k == "step" else f"{name}/{k}/seed_{row['seed']:.0f}": v for k, v in row.items()})
         if bad := [k for k in row if ("loss" in k or "norm" in k or "std" in k) and not np.isfinite(row[k])]:
             at = [f"{k} {row[k]:.0f}" for k in ("seed", "iteration", "stage", "epoch") if k in row]
             raise FloatingPointError(f"{', '.join(at)}: {', '.join(bad)} not finite")
-
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
     """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
     arrays = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
@@ -638,10 +638,13 @@ def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
             print(f"Weights & Biases: {error}; rows go to {run_dir}/wandb, if that works", file=sys.stderr)
             with suppress(BaseException):
                 wandb.teardown()  # or the id stays in use
-
+def load_agents(args: "Args", env: MjxEnv, file: Path) -> Any:
+    """All seeds' agents (K, ...), without critics, from a policy file of a run with these arguments."""
+    init, keys = partial(init_agent, args, env.observation_size, env.action_size), (args.num_seeds, 2)
+    like = jax.eval_shape(jax.vmap(lambda key: init(key).policy()), jax.ShapeDtypeStruct(keys, np.uint32))
+    return load_arrays(file, like)[0]
 def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) -> Any:
     """A policy f(obs, key, deterministic=False) -> u, of raw observations (..., obs_dim); it acts tanh(u).
-
     By default it is the last step's, of the run's first seed. ValueError if the run has no such policy."""
     if (args := load_args(run_dir)) is None:
         raise ValueError(f"{run_dir} is not a run of {Path(__file__).name}, with its args.json")
@@ -650,9 +653,7 @@ def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) 
     step = max(files, default=None) if step is None else step
     if step not in files or seed not in seeds:
         raise ValueError(f"{run_dir} has no step {step}, seed {seed}, but steps {sorted(files)}, {seeds}")
-    env, keys = make_env(args), jnp.zeros((len(seeds), 2), jnp.uint32)
-    init = jax.vmap(partial(init_agent, args, env.observation_size, env.action_size))
-    agents, _ = load_arrays(files[step], jax.eval_shape(lambda: init(keys).policy()))
+    agents = load_agents(args, make_env(args), files[step])
     agent = jax.tree.map(lambda x: x[seeds.index(seed)], agents)
     policy = jax.jit(lambda obs, key, deterministic=False: act(args, agent, obs, key, deterministic)[0])
     return jax.default_matmul_precision("highest")(policy)
@@ -685,8 +686,7 @@ def main() -> int:
             print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
             return 1
         finally:
-            rows.put(None)
-            tracker.join(30)
+            _ = rows.put(None), tracker.join(30)
     with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
         return pool.submit(work).result()
 

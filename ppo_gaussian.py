@@ -46,9 +46,8 @@ import numpy as np
 import optax
 import tyro
 from flax import struct
-from jax import Array, lax
+from jax import Array, P, lax
 from jax.scipy.stats import norm
-from jax.sharding import PartitionSpec as P
 from mujoco_playground import MjxEnv, dm_control_suite
 from tqdm import tqdm
 
@@ -149,7 +148,6 @@ def make_env(args: "Args") -> MjxEnv:
     env._mjx_model = jax.tree.map(lambda x: jnp.array(np.array(x)), env._mjx_model)  # was tied to one device
     env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # traced once for training and evaluation
     return env
-
 def each_env(f: Any) -> Any:
     """`reset` or `step` of many; each device's share by itself, since physics loops until all are done."""
     def many(*x: Any) -> Any:  # the two differ in weak types, for which an iteration would compile twice
@@ -178,11 +176,10 @@ def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
     axes, size = tuple(range(obs.ndim - 2)), obs.size // obs.shape[-1]
     mean = obs.mean(-2).mean(axes)  # in two stages, against float32's rounding
     var = jnp.square(obs - mean).mean(-2).mean(axes)
-    count, delta = stats.count + size, mean - stats.mean
-    share = size / count
+    share, delta = size / (stats.count + size), mean - stats.mean
     # Without the old variance's share, the std would shrink with every batch, and normalised inputs grow.
     var = stats.var + share * (var - stats.var + (1 - share) * jnp.square(delta))
-    return RunningStats(count=count, mean=stats.mean + share * delta, var=var)
+    return RunningStats(count=stats.count + size, mean=stats.mean + share * delta, var=var)
 def normalize(stats: RunningStats, obs: Array) -> Array:
     """Observations (..., obs_dim) in standard deviations, clipped to +-10."""
     return jnp.clip((obs - stats.mean) / jnp.maximum(jnp.sqrt(stats.var), 1e-6), -10.0, 10.0)
@@ -192,7 +189,6 @@ def init_mlp(key: Array, sizes: tuple[int, ...], zero_last: bool = False) -> lis
     kernels = [init(k, shape) for k, shape in zip(keys, pairwise(sizes), strict=True)]
     kernels[-1] *= not zero_last
     return [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in kernels]
-
 silu = jax.custom_jvp(jax.nn.silu)  # its slope is kept for the backward pass, not its sigmoid made again
 silu.defjvps(lambda x_dot, y, x: (y + jax.nn.sigmoid(x) * (1 - y)) * x_dot)
 def mlp(layers: list[dict[str, Array]], x: Array) -> Array:
@@ -253,14 +249,12 @@ def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tu
     return envs, steps, last_obs, metrics | {"u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
 def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Array, Array]:
     """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
-
     Truncated steps teach nothing: advantage 0, target the value itself, no sum across. Of an advantage
     r + gamma * target' - value, an error k > 0 steps later weighs gamma^k lambda^(k-1)."""
     going_on, value = 1.0 - truncated, lax.stop_gradient(value)
     delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
     def backward(acc: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
-        acc = x[0] + args.gamma * args.gae_lambda * x[1] * acc
-        return acc, acc
+        return (acc := x[0] + args.gamma * args.gae_lambda * x[1] * acc), acc
     target = value[:-1] + lax.scan(backward, jnp.zeros_like(value[0]), (delta, going_on), reverse=True)[1]
     return target, (reward + args.gamma * jnp.concatenate([target[1:], value[-1:]]) - value[:-1]) * going_on
 def critic_terms(args: "Args", critic: Any, batch: Any, last_obs: Array) -> tuple[Array, dict]:
@@ -276,7 +270,6 @@ def clipped_surrogate(args: "Args", log_ratio: Array, advantage: Array) -> dict[
     clipped = jnp.clip(ratio, 1 - args.clip_eps, 1 + args.clip_eps)
     far = {"approx_kl": (ratio - 1 - log_ratio).mean(), "clip_fraction": (clipped != ratio).mean()}
     return far | {"policy_loss": -jnp.minimum(ratio * advantage, clipped * advantage).mean()}
-
 # Leaves (U, T, N, ...) -> (U * N, T, ...).
 as_unrolls = partial(jax.tree.map, lambda x: jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:]))
 def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) -> tuple[Any, dict]:
@@ -288,11 +281,9 @@ def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) ->
         grads, metrics = jax.grad(loss, has_aux=True)(agent.params)
         scale = jnp.where(limit > 0, jnp.minimum(1.0, limit / optax.tree.norm(grads)), 1.0)
         metrics |= {f"grad_norm_{name}": optax.tree.norm(grad) for name, grad in grads.items()}
-        grads = jax.tree.map(lambda g: scale * g, grads)
-        new = {k: adam.update(grad, agent.opt[k]) for k, grad in grads.items()}
+        new = {k: adam.update(optax.tree.scale(scale, grad), agent.opt[k]) for k, grad in grads.items()}
         params = {k: optax.apply_updates(agent.params[k], step) for k, (step, _) in new.items()}
-        agent = agent.replace(params=params, opt={k: opt for k, (_, opt) in new.items()})
-        return agent, metrics
+        return agent.replace(params=params, opt={k: opt for k, (_, opt) in new.items()}), metrics
     def epoch(agent: Any, key: Array) -> tuple[Any, dict]:
         rows_key, key = jax.random.split(key)
         rows = jax.random.permutation(rows_key, len(last_obs)).reshape(args.num_minibatches, args.batch_size)
@@ -304,7 +295,6 @@ INIT, RESET, TRAIN, EVAL_RESET, EVAL_ACT, DECODER = range(6)
 def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
     """The key for a purpose at a point of a run: it depends on the seed, not on how many run beside it."""
     return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), index)
-
 def evaluate(args: "Args", env: MjxEnv, agent: Any, seed_key: Array, index: Any, deterministic: Any) -> Array:
     """Undiscounted returns (eval_envs,) of one episode each; broken physics ends its episode."""
     def step(envs: Envs, key: Array) -> tuple[Envs, tuple]:
@@ -348,8 +338,7 @@ def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index
     batch = as_unrolls(steps._replace(obs=normalize(agent.stats, steps.obs)))
     last_obs = normalize(agent.stats, last_obs).reshape(-1, last_obs.shape[-1])
     agent, metrics = update(args, agent, batch, last_obs, update_key)
-    # Only now do the statistics move: rollout and update saw the same ones, so that every ratio started at 1.
-    agent = agent.replace(stats=merge_stats(agent.stats, steps.obs))
+    agent = agent.replace(stats=merge_stats(agent.stats, steps.obs))  # not before, so ratios started at 1
     return state.replace(agent=agent, envs=envs), metrics | rollout_metrics
 
 def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
@@ -456,13 +445,11 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
     formats = ["%d" if np.asarray(v).dtype.kind in "iu" else "%.7g" for v in columns.values()]
     with (run_dir / f"{name}.csv").open("a") as file:
         np.savetxt(file, table, formats, ",", header="" if file.tell() else ",".join(columns), comments="")
-    for seed, row in zip(columns["seed"], table.tolist(), strict=True):
-        row = dict(zip(columns, row, strict=True))
-        report({k if k == "step" else f"{name}/{k}/seed_{seed}": v for k, v in row.items()})
+    for row in (dict(zip(columns, numbers, strict=True)) for numbers in table.tolist()):
+        report({k if k == "step" else f"{name}/{k}/seed_{row['seed']:.0f}": v for k, v in row.items()})
         if bad := [k for k in row if ("loss" in k or "norm" in k or "std" in k) and not np.isfinite(row[k])]:
             at = [f"{k} {row[k]:.0f}" for k in ("seed", "iteration", "stage", "epoch") if k in row]
             raise FloatingPointError(f"{', '.join(at)}: {', '.join(bad)} not finite")
-
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
     """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
     arrays = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
@@ -526,10 +513,13 @@ def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
             print(f"Weights & Biases: {error}; rows go to {run_dir}/wandb, if that works", file=sys.stderr)
             with suppress(BaseException):
                 wandb.teardown()  # or the id stays in use
-
+def load_agents(args: "Args", env: MjxEnv, file: Path) -> Any:
+    """All seeds' agents (K, ...), without critics, from a policy file of a run with these arguments."""
+    init, keys = partial(init_agent, args, env.observation_size, env.action_size), (args.num_seeds, 2)
+    like = jax.eval_shape(jax.vmap(lambda key: init(key).policy()), jax.ShapeDtypeStruct(keys, np.uint32))
+    return load_arrays(file, like)[0]
 def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) -> Any:
     """A policy f(obs, key, deterministic=False) -> u, of raw observations (..., obs_dim); it acts tanh(u).
-
     By default it is the last step's, of the run's first seed. ValueError if the run has no such policy."""
     if (args := load_args(run_dir)) is None:
         raise ValueError(f"{run_dir} is not a run of {Path(__file__).name}, with its args.json")
@@ -538,9 +528,7 @@ def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) 
     step = max(files, default=None) if step is None else step
     if step not in files or seed not in seeds:
         raise ValueError(f"{run_dir} has no step {step}, seed {seed}, but steps {sorted(files)}, {seeds}")
-    env, keys = make_env(args), jnp.zeros((len(seeds), 2), jnp.uint32)
-    init = jax.vmap(partial(init_agent, args, env.observation_size, env.action_size))
-    agents, _ = load_arrays(files[step], jax.eval_shape(lambda: init(keys).policy()))
+    agents = load_agents(args, make_env(args), files[step])
     agent = jax.tree.map(lambda x: x[seeds.index(seed)], agents)
     policy = jax.jit(lambda obs, key, deterministic=False: act(args, agent, obs, key, deterministic)[0])
     return jax.default_matmul_precision("highest")(policy)
@@ -573,8 +561,7 @@ def main() -> int:
             print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
             return 1
         finally:
-            rows.put(None)
-            tracker.join(30)
+            _ = rows.put(None), tracker.join(30)
     with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
         return pool.submit(work).result()
 

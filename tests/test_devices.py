@@ -188,3 +188,20 @@ def test_two_seeds_on_warp(tmp_path):
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     table = np.genfromtxt(run_dir / "eval.csv", delimiter=",", names=True)
     assert set(table["seed"]) == {1, 2} and table["step"][-1] == 120 and (table["return_mean"] > 0).all()
+
+
+def test_a_frozen_decoder_on_several_devices(tmp_path):
+    """Otherwise Figure 6 cannot be made on a machine with several GPUs."""
+    command = HERE / "toy.py", "gorl_fm_ppo", *TINY
+    stages = "--stage-timesteps", 80, 40
+    assert run(1, *command, *stages, "--runs-dir", tmp_path / "of").returncode == 0
+    frozen = "--decoder-from", f"{next((tmp_path / 'of').iterdir())}:1", "--total-timesteps", 80
+    done = run(4, *command, *frozen, "--runs-dir", tmp_path / "runs")
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr[-2000:]
+    decoders = []
+    for file in (next(tmp_path.glob(x)) for x in ("of/*/*/policy_120.npz", "runs/*/*/policy_80.npz")):
+        with np.load(file) as arrays:
+            decoders.append({name: arrays[name] for name in arrays.files if name.startswith(".decoder")})
+    assert len(decoders[0]) > 8
+    for name, array in decoders[0].items():
+        np.testing.assert_array_equal(array, decoders[1][name])

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from zipfile import ZIP_STORED, ZipFile
 
 import jax
@@ -29,11 +30,9 @@ COMMON = (
     "--num-envs 4 --batch-size 4 --num-minibatches 2 --unroll-length 5 --update-epochs 2 --num-seeds 2 "
     "--total-timesteps 240 --eval-every 40 --eval-envs 3 --episode-length 20"
 ).split()
-STAGES = (
-    "--stage-timesteps 80 80 40 40 --decoder-epochs 2 --decoder-buffer-size 60 --decoder-batch-size 16 "
-    "--clip-eps 0.1 0.2 --kl-coef 1 2 3"
-).split()
-TINY = [*COMMON, *STAGES]
+DECODER = "--decoder-epochs 2 --decoder-buffer-size 60 --decoder-batch-size 16".split()
+STAGES = "--stage-timesteps 80 80 40 40 --clip-eps 0.1 0.2 --kl-coef 1 2 3".split()
+TINY = [*COMMON, *STAGES, *DECODER]
 TWO = [
     gorl_fm_ppo,
     ppo_gaussian,
@@ -294,3 +293,145 @@ def test_decoder_training_of_each_stage(gorl, tmp_path, monkeypatch):
         True,
         True,
     ]  # refined, not made anew
+
+
+def frozen_run(script, runs, decoder_from, *more):
+    """The directory of a tiny run of one stage on a frozen decoder."""
+    run(
+        script,
+        *COMMON,
+        "--total-timesteps",
+        120,
+        "--decoder-from",
+        decoder_from,
+        *DECODER,
+        "--runs-dir",
+        runs,
+        *more,
+    )
+    return next(runs.iterdir())
+
+
+@pytest.mark.parametrize("finished", GORL, indirect=True, ids=name_of)
+def test_a_frozen_decoder(finished, tmp_path):
+    """Otherwise Figure 6 is of another stage's or seed's decoder, or of one that moves, or is not used."""
+    script, _, of = finished
+    of = shutil.copytree(of, tmp_path / "of:it")  # a colon in its name
+    run_dir = frozen_run(script, tmp_path / "runs", f"{of}:2", "--seed", 2, "--num-seeds", 1)
+    assert not table(run_dir, "decoder") and not table(run_dir, "refine")
+    assert {row["stage"] for row in table(run_dir, "train") + table(run_dir, "eval")} == {"0"}
+    env, args = PointMass(), script.load_args(str(run_dir))
+    assert args.stage_timesteps == (120,)
+
+    def decoder(run_dir, step):
+        with np.load(run_dir / "checkpoints" / f"policy_{step}.npz") as file:
+            return {name: file[name] for name in file.files if name.startswith(".decoder")}
+
+    def same(run_dir):
+        got, want = decoder(run_dir, 120), decoder(of, 200)
+        return got.keys() == want.keys() and all(np.array_equal(got[k], want[k][1:2]) for k in got)
+
+    assert same(run_dir) and len(decoder(of, 200)) > 8
+    assert not any(
+        np.array_equal(x, decoder(of, 160)[k]) for k, x in decoder(of, 200).items() if "kernel" in k
+    )
+    # The first evaluation: the latent's mean 0 through that decoder.
+    key = jax.random.PRNGKey(2)
+    agent = script.init_agent(
+        args, env.observation_size, env.action_size, script.derive_key(key, script.INIT, 0)
+    )
+    like = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.stack([x, x]), agent.policy()))
+    stage_2, _ = script.load_arrays(of / "checkpoints" / "policy_200.npz", like)
+    returns = {
+        name: float(script.evaluate(args, env, agent.replace(decoder=d), key, 0, True).mean())
+        for name, d in (
+            ("frozen", jax.tree.map(lambda x: x[1], stage_2.decoder)),
+            ("identity", agent.decoder),
+        )
+    }
+    assert float(table(run_dir, "eval")[0]["return_mean"]) == pytest.approx(returns["frozen"], rel=1e-5)
+    assert returns["frozen"] != pytest.approx(returns["identity"], rel=1e-4)
+    shutil.rmtree(of)  # a checkpoint has its decoder in it
+    run(script, "--resume", run_dir, "--total-timesteps", 160)
+    assert int(table(run_dir, "train")[-1]["step"]) == 160
+
+
+@pytest.mark.parametrize("finished", GORL, indirect=True, ids=name_of)
+def test_the_decoder_of_stage_0_is_the_first_one(finished, tmp_path):
+    """Otherwise Figure 6's curve of stage 0 is not that of PPO through the identity."""
+    script, _, of = finished
+    frozen = frozen_run(script, tmp_path / "frozen", f"{of}:0")
+    run(
+        script,
+        *COMMON,
+        "--stage-timesteps",
+        120,
+        "--total-timesteps",
+        120,
+        *DECODER,
+        "--runs-dir",
+        tmp_path / "plain",
+    )
+    same_tables(frozen, next((tmp_path / "plain").iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("decoder_from", "more"),
+    [
+        ("of:4", ""),
+        ("of:-1", ""),
+        ("of:first", ""),
+        ("of", ""),
+        ("nowhere:0", ""),
+        (":0", ""),
+        ("of:1", "--num-seeds 3"),
+        ("of:1", "--seed 0"),
+        ("of:1", "--env-id CheetahRun"),
+        ("of:1", "--decoder-steps 5"),
+        ("damaged:1", ""),
+        ("ppo:0", ""),
+    ],
+)
+@pytest.mark.parametrize("finished", [gorl_fm_ppo], indirect=True, ids=name_of)
+def test_a_decoder_that_is_not_there(finished, decoder_from, more, tmp_path, monkeypatch, capsys):
+    """Otherwise a mistake in --decoder-from ends in a traceback, or trains on another one, after minutes."""
+    script, _, of = finished
+    shutil.copytree(of, tmp_path / "of")
+    shutil.copytree(of, tmp_path / "damaged")
+    (tmp_path / "damaged/checkpoints/policy_160.npz").write_bytes(b"no")
+    shutil.copytree(of, tmp_path / "ppo")
+    (tmp_path / "ppo/args.json").write_text(
+        (of / "args.json").read_text().replace("gorl_fm_ppo.py", "ppo_gaussian.py")
+    )
+    monkeypatch.setattr(script, "make_env", lambda args: PointMass())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["x.py", *COMMON, *DECODER, "--decoder-from", decoder_from, *more.split()]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        script.check(script.parse_args())
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"--decoder-from: got {decoder_from}; takes RUN_DIR:STAGE" in error
+    assert error.count("\n") == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "of", "ppo"]
+
+
+@pytest.mark.parametrize(
+    ("more", "stages"),
+    [
+        ("", (60_000_000,)),
+        ("--preset cpu", (400_000,)),
+        ("--total-timesteps 5000000", (5_000_000,)),
+        ("--stage-timesteps 7000000", (7_000_000,)),
+        ("--stage-timesteps 7000000 7000000", None),
+    ],
+)
+def test_a_frozen_decoder_takes_one_stage(gorl, more, stages, monkeypatch, capsys):
+    """Otherwise the encoder is trained for another time than a stage, or its decoder is refined after all."""
+    monkeypatch.setattr(gorl, "frozen_decoder", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["x.py", "--decoder-from", "x:1", *more.split()])
+    args = gorl.parse_args()
+    if stages:
+        assert args.stage_timesteps == stages and args.total_timesteps == stages[0]
+    with pytest.raises(SystemExit) if stages is None else nullcontext():
+        gorl.check(args)
+    assert ("--stage-timesteps" in capsys.readouterr().err) == (stages is None)
