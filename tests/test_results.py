@@ -1,0 +1,272 @@
+"""Every number in the tables of both READMEs is what the logs in `results/` give, computed here anew."""
+
+import csv
+import json
+import re
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from plotting.paper import METHODS, TABLE_1, TASKS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+README, PAGE = ROOT / "README.md", RESULTS / "README.md"
+STEMS = {name: stem for stem, name in METHODS.items()}
+NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e-?\d+)?")
+
+
+def tables(file):
+    """Tables of a Markdown file: by header, rows of cells."""
+    found, header = defaultdict(list), None
+    for line in file.read_text().splitlines():
+        if not line.startswith("|"):
+            header = None
+            continue
+        cells = tuple(cell.strip() for cell in line.strip("|").split("|"))
+        if header is None:
+            header = cells
+        elif set("".join(cells)) - set("- "):
+            found[header].append(cells)
+    return found
+
+
+def numbers(text):
+    return [x.rstrip(",") for x in NUMBER.findall(text)]
+
+
+def is_rounded(text, value):
+    """Whether `text` is `value`, rounded to the digits that it shows (of thousands, to its zeros)."""
+    text = text.replace(",", "").lstrip("+")
+    digits = len(text.partition(".")[2])
+    zeros = len(text) - len(text.rstrip("0")) if digits == 0 and abs(float(text)) >= 1000 else 0
+    return abs(float(text) - value) <= 0.5001 * 10.0 ** (zeros - digits)
+
+
+def check(text, values):
+    """All numbers of a text are these, in this order."""
+    got = numbers(text)
+    assert len(got) == len(values), f"{text}: {len(values)} numbers wanted: {values}"
+    for x, value in zip(got, values, strict=True):
+        assert is_rounded(x, value), f"{text}: the logs give {value}"
+
+
+def evaluations(folder):
+    """eval.csv of a run: by seed, {step: return}."""
+    curves = defaultdict(dict)
+    with (folder / "eval.csv").open() as file:
+        for row in csv.DictReader(file):
+            curves[int(row["seed"])][int(row["step"])] = float(row["return_mean"])
+    return curves
+
+
+def at(folder, step=None):
+    """Returns by seed, in order, at a step, or the last of each."""
+    curves = evaluations(folder)
+    return np.array([curves[seed][step or max(curves[seed])] for seed in sorted(curves)])
+
+
+def sheet(name):
+    return json.loads((RESULTS / "throughput" / f"{name}.json").read_text())
+
+
+def test_rounding():
+    """Otherwise the other tests of this file let wrong numbers pass."""
+    assert (
+        is_rounded("5,390", 5391.05) and not is_rounded("5,390", 5395.2) and not is_rounded("5,400", 5339.0)
+    )
+    assert is_rounded("36,200", 36204.9) and is_rounded("1.9", 1.9127) and not is_rounded("1.9", 1.96)
+    assert is_rounded("-4.2", -4.16) and is_rounded("+597.6", 597.63) and not is_rounded("100", 109.0)
+    assert numbers("5,540; 5,480") == ["5,540", "5,480"] and numbers("680, 476, 596") == ["680", "476", "596"]
+    assert numbers("**653.7 ± 164.2**") == ["653.7", "164.2"] and numbers("2 x 2.995M") == ["2", "2.995"]
+    with pytest.raises(AssertionError):
+        check("1, 2", [1.0, 3.0])
+
+
+# --- returns ---
+
+RETURNS = ("task", "method", "ours", "the paper", "ours - paper", "our seeds x steps")
+FOLDERS = {"CheetahRun": "cpu_preset", "FingerSpin": "finger_spin_3m"}  # of the tables in README.md
+
+
+def test_tables_of_returns():
+    """Otherwise the README claims returns that no run has had, or marks the wrong method as the best."""
+    rows = tables(README)[RETURNS]
+    assert {row[0] for row in rows} == set(FOLDERS) and len(rows) == 5 * len(FOLDERS)
+    for task, method, ours, paper, difference, size in rows:
+        returns = at(folder := RESULTS / FOLDERS[task] / STEMS[method])
+        check(ours, [returns.mean(), returns.std(ddof=1)])
+        check(paper, TABLE_1[STEMS[method]][TASKS.index(task)])
+        check(difference, [returns.mean() - TABLE_1[STEMS[method]][TASKS.index(task)][0]])
+        check(size, [len(returns), max(evaluations(folder)[1]) / 1e6])
+    for task in FOLDERS:
+        mean = {row[1]: float(numbers(row[2])[0]) for row in rows if row[0] == task}
+        assert [row[1] for row in rows if row[0] == task and "**" in row[2]] == [max(mean, key=mean.get)]
+
+
+PAGE_HEADER = ("task", "method", "the paper", "ours", "seeds", "steps", "device", "beside the preset", "log")
+
+
+def test_the_page_of_all_cells():
+    """Otherwise the page hides a cell, a log, or what was changed, or shows what no log has."""
+    rows = tables(PAGE)[PAGE_HEADER]
+    assert [row[:2] for row in rows] == [(task, name) for task in TASKS for name in METHODS.values()]
+    there = defaultdict(list)
+    for file in RESULTS.rglob("args.json"):
+        args = json.loads(file.read_text())
+        if "script" in args.get("versions", {}) and not args.get("decoder_from"):
+            there[args["env_id"], Path(args["versions"]["script"]).stem].append((file.parent, args))
+    for task, method, paper, ours, seeds, steps, device, changed, log in rows:
+        stem = STEMS[method]
+        check(paper, TABLE_1[stem][TASKS.index(task)])
+        runs = [run for run in there[task, stem] if run[1]["exp_name"] == stem]
+        if ours == "not run yet":
+            assert not runs
+            continue
+        folder = RESULTS / log.strip("`/")
+        args = next(args for run, args in runs if run == folder)
+        returns, last = at(folder), max(evaluations(folder)[args["seed"]])
+        check(ours, [returns.mean(), returns.std(ddof=1)])
+        assert int(seeds) == len(returns) == args["num_seeds"] and device == args["versions"]["device"]
+        check(steps, [last / 1e6])
+        assert args["total_timesteps"] == max(a["total_timesteps"] for _, a in runs)
+        given = changed.split()
+        assert given[:2] == ["--preset", args["preset"]]
+        for name, value in zip(given[2::2], given[3::2], strict=True):
+            assert str(args[name[2:].replace("-", "_")]) == value
+    none = sum(row[3] == "not run yet" for row in rows)
+    words = f"Of {len(rows)} cells, 0 are of the paper's size, {len(rows) - none} smaller, {none} not run."
+    assert words in PAGE.read_text()
+
+
+BRAX = ("", "0.2M", "0.4M", "0.6M", "0.8M", "1.0M", "1.2M", "seeds at 1.2M")
+
+
+def test_table_of_braxs_ppo():
+    """Otherwise our Gaussian PPO is not compared with what was measured of Brax's."""
+    rows = tables(README)[BRAX]
+    folders = [[RESULTS / "brax_ppo_cheetah_run" / f"seed_{n}" for n in (1, 2, 3)]]
+    folders += [[RESULTS / name / "ppo_gaussian"] for name in ("cpu_preset", "cpu_preset_earlier")]
+    for (_, *cells), runs in zip(rows, folders, strict=True):
+        curves = [curve for run in runs for _, curve in sorted(evaluations(run).items())]
+        assert len(curves) == 3
+        for i, cell in enumerate(cells[:6]):  # the evaluation nearest to the step in the header
+            steps = [min(curve, key=lambda step: abs(step - 200_000 * (i + 1))) for curve in curves]
+            check(cell, [np.mean([curve[step] for curve, step in zip(curves, steps, strict=True)])])
+        check(cells[6], [curve[max(curve)] for curve in curves])
+
+
+def test_table_of_gradient_norms():
+    """Otherwise a default rests on numbers that no run has had."""
+    rows = tables(README)["joint bound, clip range", "return at 0.4M steps"]
+    folders = (
+        "cpu_preset_cheetah_run",
+        "cpu_variants/gorl_fm_stage0_clip_0.3",
+        "cpu_variants/gorl_fm_stage0_no_norm_bound",
+        "cpu_preset/gorl_fm_ppo",
+        "cpu_preset/ppo_gaussian",
+    )
+    for (_, returns), folder in zip(rows, folders, strict=True):
+        check(returns, at(RESULTS / folder, 399_360))
+
+
+# --- speed and memory ---
+
+
+def test_table_of_the_throughput_sheets():
+    """Otherwise users plan with speeds that were not measured."""
+    sheets = [sheet("cpu_cheetah_run"), sheet("cpu_hopper_stand")]
+    want = [
+        lambda s: [s["physics"]["sps"]],
+        lambda s: [s["rollout"]["sps"]],
+        lambda s: [s["iteration"]["sps"]],
+        lambda s: [s["rollout"]["seconds"], s["update"]["seconds"]],
+        lambda s: [s["evaluate"]["seconds"]],
+        lambda s: [s["decoder_seconds_per_million_samples_and_epoch"]],
+        lambda s: [s["compile_seconds"]["cold"]["start_up"], s["compile_seconds"]["warm"]["start_up"]],
+    ]
+    for (_, *cells), values in zip(tables(README)["", "CheetahRun", "HopperStand"], want, strict=True):
+        for cell, data in zip(cells, sheets, strict=True):
+            check(cell, values(data))
+
+
+def test_table_of_comparisons():
+    """Otherwise a claim to be faster is not what was measured."""
+    rows = tables(README)["", "ours", "theirs", "ratio"]
+    first, again = sheet("cpu_public_gorl_cheetah_run"), sheet("cpu_public_gorl_latent_and_decoders")
+    for row, parts in zip(
+        rows[:4],
+        ([first["ppo"], again["ppo"]], [first["fpo"]], [first["dppo"]], [again["latent_ppo"]]),
+        strict=True,
+    ):
+        for cell, name in zip(row[1:3], ("ours", "theirs"), strict=True):
+            check(cell, [part["sps"][name] for part in parts])
+        check(row[3], [part["theirs_over_ours"]["median"] for part in parts])
+    for row, name in zip(rows[4:6], ("cpu_versus_public_gorl_pinned", "cpu_versus_brax"), strict=True):
+        data = sheet(name)
+        for cell, which in zip(row[1:3], "AB", strict=True):
+            check(cell, [run["sps"] for run in data["runs"] if run["run"] == which])
+        check(row[3], [1 / pair for pair in data["b_over_a"]["sps"]["pairs"]])
+    parts = [again["decoder_fm"], again["decoder_diffusion"]]
+    for cell, name in zip(rows[6][1:3], ("ours", "theirs"), strict=True):
+        check(cell, [1000 * np.median(part["seconds"][name]) for part in parts])
+    check(rows[6][3], [part["theirs_over_ours"]["median"] for part in parts])
+
+
+def test_table_of_memory():
+    """Otherwise users plan with memory that was not measured."""
+    data = sheet("cpu_memory_hopper_stand")
+    for script, *cells in tables(README)["", "1 seed: state + temporaries", "5 seeds"]:
+        for stem in re.findall(r"(\w+)\.py", script):
+            for cell, seeds in zip(cells, ("1", "5"), strict=True):
+                part = data[f"{stem}, {seeds} seeds"]
+                want = [part["state"], part["temporary"], part["decoder_data"]]
+                check(cell, want if "gorl" in stem else want[:2])
+
+
+def test_table_of_jax_versions():
+    """Otherwise the pins rest on numbers that were not measured."""
+    (header, rows), *others = (x for x in tables(README).items() if "JAX 0.10.2" in "".join(x[0]))
+    assert not others
+    for env_id, *cells in rows:
+        for cell, name in zip(cells, header[1:], strict=True):
+            python, jax = re.search(r"Python ([\d.]+), JAX ([\d.]+)", name).groups()
+            runs = [r for r in sheet("cpu_jax_versions")["runs"] if (r["python"], r["jax"]) == (python, jax)]
+            check(cell, [np.median([r["sps"] for r in runs if r["env_id"] == env_id])])
+
+
+# --- the scripts ---
+
+
+def test_table_of_scripts():
+    """Otherwise readers are told of another size than they find."""
+    rows = tables(README)["script", "method", "lines", "lines that `diff ppo_gaussian.py` changes"]
+    assert len(rows) == 5
+
+    def differing(a, b):
+        done = subprocess.run(["diff", a, b], cwd=ROOT, capture_output=True, text=True)
+        return sum(line[0] in "<>" for line in done.stdout.splitlines())
+
+    for script, _, lines, changed in rows:
+        script = script.strip("`")
+        check(lines, [len((ROOT / script).read_text().splitlines())])
+        others = ["ppo_gaussian.py", *re.findall(r"`(\w+\.py)`", changed)]
+        check(
+            re.sub(r"`.*?`", "", changed), [differing(other, script) for other in others] if changed else []
+        )
+
+
+def test_no_table_is_forgotten():
+    """Otherwise a new table of numbers is never compared with its logs."""
+    checked = {RETURNS, BRAX, ("joint bound, clip range", "return at 0.4M steps")}
+    checked |= {("", "CheetahRun", "HopperStand"), ("", "ours", "theirs", "ratio")}
+    checked |= {("", "1 seed: state + temporaries", "5 seeds")}
+    checked |= {("script", "method", "lines", "lines that `diff ppo_gaussian.py` changes")}
+    words = {("file", "a row for each seed and …"), ("command", "what it draws", "what it needs")}
+    versions = {header for header in tables(README) if "JAX 0.10.2" in "".join(header)}
+    assert set(tables(README)) == checked | words | versions
+    packed = ("folder", "command", "commit", "device", "wall time", "what it shows")
+    assert set(tables(PAGE)) == {PAGE_HEADER, packed}
