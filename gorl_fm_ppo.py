@@ -2,7 +2,6 @@
 
 Zhang et al., "GoRL: An Algorithm-Agnostic Framework for Online Reinforcement Learning with Generative
 Policies" (2025); sections, equations and appendices cited below are the paper's. The method in five lines:
-
   1. The encoder pi(latent | s), a diagonal Gaussian, is trained with PPO (Eq. 5) and a KL to N(0, I) (Eq. 3).
   2. The decoder u = g(s, latent) makes actions tanh(u). It is frozen meanwhile; in stage 0, the identity.
   3. After a stage, flow matching (Eq. 6) trains it to map *fresh* N(0, I) noise to the latest rollouts' u.
@@ -97,7 +96,6 @@ class Args:
     track: bool = False  # log to Weights & Biases (WANDB_MODE=offline works, too)
     wandb_project_name: str = "gorl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases user or team
-
 TABLES = ("eval", "train", "decoder", "refine")  # CSV files of a run
 CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
                   num_minibatches=16, update_epochs=8, eval_every=200_000, decoder_epochs=10,
@@ -251,7 +249,6 @@ def decode(args: Args, decoder: Any, obs: Array, latent: Array) -> Array:
         v = velocity(decoder["net"], obs, a, jnp.broadcast_to(t, a[..., :1].shape))
         return a + v / args.decoder_steps, None
     return lax.scan(euler_step, latent, jnp.arange(args.decoder_steps) / args.decoder_steps)[0]
-
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) -> tuple[Array, dict]:
     """u (..., action_dim) at raw observations and how it was drawn; evaluation decodes the latent's mean."""
     mean, std = latent_distribution(agent.params["encoder"], normalize(agent.stats, obs))
@@ -492,14 +489,16 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
 def frozen_decoder(args: Args, env: MjxEnv) -> Any:
     """The decoders (K, ...) that these seeds of another run had in a stage: --decoder-from RUN_DIR:STAGE."""
     run_dir, _, stage = args.decoder_from.rpartition(":")
-    with suppress(Exception):
+    with suppress(Exception):  # whatever a damaged file does, the message below says what was looked for
         of, at = load_args(run_dir), np.arange(args.seed, args.seed + args.num_seeds)
         size = of.batch_size * of.num_minibatches * of.unroll_length
-        step = dict(enumerate(stage_ends(of)))[int(stage)] * size
+        step = dict(enumerate(stage_ends(of)))[int(stage)] * size  # saved there before it was refined
         agents = load_agents(of, env, Path(run_dir) / "checkpoints" / f"policy_{step}.npz")
-        if (of.env_id, of.decoder_steps) == (args.env_id, args.decoder_steps) and of.seed <= args.seed:
+        same = (of.env_id, of.decoder_steps, of.decoder_from) == (args.env_id, args.decoder_steps, None)
+        if same and of.seed <= args.seed:
             return jax.tree.map(lambda x: x[at - of.seed], agents.decoder)
-    takes = "RUN_DIR:STAGE, a finished stage of this script, with the task, --decoder-steps and seeds"
+    takes = f"RUN_DIR:STAGE, a finished stage (0, 1, ...) of a {Path(__file__).name} run on {args.env_id}"
+    takes += f" with --decoder-steps {args.decoder_steps}, seeds {at} and decoders of its own"
     require(False, "decoder_from", args.decoder_from, takes)
 def stage_ends(args: Args) -> list[int]:
     """Iterations done when each stage ends: cumulative budgets, rounded to iterations in integers."""
@@ -508,15 +507,16 @@ def stage_ends(args: Args) -> list[int]:
 def check(args: Args) -> None:
     """Checks every argument, before anything compiles."""
     check_common(args)
+    if args.decoder_from is not None and args.resume is None:
+        frozen_decoder(args, make_env(args))
     size, stages = args.batch_size * args.num_minibatches * args.unroll_length, args.stage_timesteps
     for m, (start, end) in enumerate(pairwise([0, *stage_ends(args)])):
-        require(not (m and args.decoder_from), "stage_timesteps", stages, "one stage, with --decoder-from")
+        require(m == 0 or args.decoder_from is None, "stage_timesteps", stages, "one, with --decoder-from")
         takes = f"at least one iteration, {size} steps, a stage (a lower --batch-size makes it shorter)"
         require(end > start, "--stage-timesteps, --total-timesteps", f"{stages[m]} for stage {m}", takes)
         got, capacity = args.decoder_batch_size, args.decoder_buffer_size // args.num_envs * args.num_envs
         pairs, name = min((end - start) * size, capacity), "--decoder-batch-size, --decoder-buffer-size"
         require(got <= pairs, name, got, f"a batch of at most the {pairs} pairs that stage {m} records")
-    _ = frozen_decoder(args, make_env(args)) if args.decoder_from and not args.resume else None
 def parse_args() -> Args:
     """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
     args = tyro.cli(Args)
@@ -686,10 +686,10 @@ def main() -> int:
             print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
             return 1
         finally:
-            _ = rows.put(None), tracker.join(30)
+            rows.put(None)
+            tracker.join(30)
     with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
         return pool.submit(work).result()
-
 if __name__ == "__main__":
     sys.exit(main())
 # --- end shared ---

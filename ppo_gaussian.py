@@ -86,7 +86,6 @@ class Args:
     track: bool = False  # log to Weights & Biases (WANDB_MODE=offline works, too)
     wandb_project_name: str = "gorl"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases user or team
-
 TABLES = ("eval", "train")  # CSV files of a run
 CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
                   num_minibatches=16, update_epochs=8, eval_every=200_000)  # fmt: skip
@@ -561,10 +560,10 @@ def main() -> int:
             print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
             return 1
         finally:
-            _ = rows.put(None), tracker.join(30)
+            rows.put(None)
+            tracker.join(30)
     with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
         return pool.submit(work).result()
-
 if __name__ == "__main__":
     sys.exit(main())
 # --- end shared ---

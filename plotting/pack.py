@@ -45,6 +45,7 @@ def pack(
     name: str = "",
     note: str = "",
     device: str = "",
+    source: str = "",
 ) -> list[Path]:
     """Copies args.json, CSV files and policies under 1 MB to TO/NAME, and adds it to TO/README.md's table.
 
@@ -54,6 +55,7 @@ def pack(
         name: The folder in it; default: the run directory's name.
         note: What the run shows, for the table's last column.
         device: What it ran on, for people; default: what args.json says.
+        source: Where others find the run that --decoder-from names; default: its directory's name.
     """
     try:
         args, _ = runs.read_run(run_dir)
@@ -73,7 +75,8 @@ def pack(
         runs.wrong("--name", name, f"a folder in {to} that is not there yet")
     args |= {name: value for name, value in PRIVATE.items() if name in args}
     if args.get("decoder_from"):
-        args["decoder_from"] = Path(args["decoder_from"]).name
+        of, _, stage = args["decoder_from"].rpartition(":")
+        args["decoder_from"] = f"{source or Path(of).name}:{stage}"
     rows = runs.read_table(run_dir / "eval.csv")
     about = {
         "folder": f"`{name}/`",

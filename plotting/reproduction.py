@@ -9,11 +9,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from plotting import runs
+from plotting import pack, runs
 from plotting.paper import METHODS, SEEDS, TASKS, TOTAL_TIMESTEPS, reported
 
 MARKS = ("<!-- made by plotting.reproduction -->\n", "<!-- end -->\n")
-HEADER = ("task", "method", "the paper", "ours", "seeds", "steps", "device", "beside the preset", "log")
+HEADER = ("task", "method", "the paper", "ours", "seeds", "steps", "device", "command", "log")
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,6 @@ class Logs:
     """Where the logs are."""
 
     runs: tuple[Path, ...] = (Path("results"),)  # run directories, or folders that hold some
-
-
-def device_of(run: Path) -> str:
-    """The device of a run's last start, as its args.json has it."""
-    return str(runs.read_args(run)["versions"].get("device", "unknown"))
 
 
 def longest(groups: tuple[runs.Group, ...], method: str, task: str) -> runs.Group | None:
@@ -37,16 +32,9 @@ def longest(groups: tuple[runs.Group, ...], method: str, task: str) -> runs.Grou
     mine = [g for g in groups if (g.method, g.task) == (method, task) and not variants & set(g.settings)]
 
     def order(g: runs.Group) -> tuple:
-        return g.preset == "paper", g.total, -len(changed(g)), len(g.curves), str(g.settings)
+        return g.preset == "paper", g.total, -len(g.settings), len(g.curves), str(g.settings)
 
     return max(mine, key=order, default=None)
-
-
-def changed(group: runs.Group) -> list[str]:
-    """Arguments that differ from the preset's, as on a command line; not the length of the run."""
-    lengths = ("total_timesteps", "stage_timesteps")
-    shown = {name: runs.shown(value) for name, value in group.settings.items() if name not in lengths}
-    return [f"--{name.replace('_', '-')} {value}" for name, value in sorted(shown.items())]
 
 
 def rows(groups: tuple[runs.Group, ...], root: Path) -> list[tuple[str, ...]]:
@@ -61,11 +49,12 @@ def rows(groups: tuple[runs.Group, ...], root: Path) -> list[tuple[str, ...]]:
             mean, std = runs.mean_std(returns := runs.final_returns(group))
             folders = sorted({curve.run for curve in group.curves.values()})
             logs = ", ".join(f"`{folder.resolve().relative_to(root.resolve())}/`" for folder in folders)
-            devices = ", ".join(sorted({device_of(folder) for folder in folders}))
+            args = [runs.read_args(folder) for folder in folders]
+            devices = ", ".join(sorted({str(a["versions"].get("device", "unknown")) for a in args}))
+            commands = ", ".join(f"`{pack.command_of(a)}`" for a in args)
             ours = f"{mean:.1f} ± {std:.1f}" if len(returns) > 1 else f"{mean:.1f}"
             steps = f"{int(runs.align(group)[0][-1]) / 1e6:.4g}M"
-            options = " ".join([f"--preset {group.preset}", *changed(group)])
-            table.append((task, name, paper, ours, str(len(returns)), steps, devices, options, logs))
+            table.append((task, name, paper, ours, str(len(returns)), steps, devices, commands, logs))
     return table
 
 

@@ -654,7 +654,8 @@ def test_pack(tmp_path, capsys):
     """Otherwise `results/` holds paths, big files, half runs or logs without their origin."""
     run = tmp_path / "runs/CheetahRun__gorl_fm_ppo__1__17"
     write_run(run, "gorl_fm_ppo", "CheetahRun", rising(9), preset="cpu", runs_dir=str(tmp_path / "runs"))
-    set_argument("decoder_from", f"{tmp_path}/secret/x:2")(run)
+    set_argument("decoder_from", f"{tmp_path}/secret/x/:2")(run)
+    set_argument("stage_timesteps", [1_200_000])(run)
     (run / "checkpoints").mkdir()
     (run / "checkpoints/policy_1198080.npz").write_bytes(b"small")
     (run / "checkpoints/policy_399360.npz").write_bytes(b"0" * 2**21)
@@ -672,7 +673,7 @@ def test_pack(tmp_path, capsys):
     row = (results / "README.md").read_text().splitlines()[-1]
     want = [
         "`small/fm/`",
-        "`python gorl_fm_ppo.py --preset cpu --decoder-from x:2`",
+        "`python gorl_fm_ppo.py --preset cpu --stage-timesteps 1200000 --decoder-from x:2`",
         "0123456",
         "2 CPU cores",
         "6 s",
@@ -680,6 +681,9 @@ def test_pack(tmp_path, capsys):
     ]
     assert [cell.strip() for cell in row.strip("|").split("|")] == want
     assert len(runs.load((results,))) == 1
+    pack.pack(run, to=results, name="other", source="results/small/of")
+    assert "--decoder-from results/small/of:2`" in (results / "README.md").read_text()
+    shutil.rmtree(results / "other")
     before = (results / "README.md").read_text()
     for change in (
         {"name": "small/fm"},

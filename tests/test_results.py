@@ -107,38 +107,43 @@ def test_tables_of_returns():
         assert [row[1] for row in rows if row[0] == task and "**" in row[2]] == [max(mean, key=mean.get)]
 
 
-PAGE_HEADER = ("task", "method", "the paper", "ours", "seeds", "steps", "device", "beside the preset", "log")
+PACKED = ("folder", "command", "commit", "device", "wall time", "what it shows")
+PAGE_HEADER = ("task", "method", "the paper", "ours", "seeds", "steps", "device", "command", "log")
 
 
 def test_the_page_of_all_cells():
     """Otherwise the page hides a cell, a log, or what was changed, or shows what no log has."""
     rows = tables(PAGE)[PAGE_HEADER]
     assert [row[:2] for row in rows] == [(task, name) for task in TASKS for name in METHODS.values()]
-    there = defaultdict(list)
+    commands = {folder: command for folder, command, *_ in tables(PAGE)[PACKED]}
+    there, full = defaultdict(dict), 0
     for file in RESULTS.rglob("args.json"):
         args = json.loads(file.read_text())
-        if "script" in args.get("versions", {}) and not args.get("decoder_from"):
-            there[args["env_id"], Path(args["versions"]["script"]).stem].append((file.parent, args))
-    for task, method, paper, ours, seeds, steps, device, changed, log in rows:
+        script = Path(args.get("versions", {}).get("script", "none")).stem
+        if args.get("exp_name") == script and not args.get("decoder_from") and args["impl"] == "jax":
+            there[args["env_id"], script][file.parent] = args
+    for task, method, paper, ours, seeds, steps, device, command, log in rows:
         stem = STEMS[method]
         check(paper, TABLE_1[stem][TASKS.index(task)])
-        runs = [run for run in there[task, stem] if run[1]["exp_name"] == stem]
+        runs = there[task, stem]
         if ours == "not run yet":
             assert not runs
             continue
         folder = RESULTS / log.strip("`/")
-        args = next(args for run, args in runs if run == folder)
-        returns, last = at(folder), max(evaluations(folder)[args["seed"]])
+        args, returns = runs[folder], at(folder)
         check(ours, [returns.mean(), returns.std(ddof=1)])
         assert int(seeds) == len(returns) == args["num_seeds"] and device == args["versions"]["device"]
-        check(steps, [last / 1e6])
-        assert args["total_timesteps"] == max(a["total_timesteps"] for _, a in runs)
-        given = changed.split()
-        assert given[:2] == ["--preset", args["preset"]]
+        check(steps, [max(evaluations(folder)[args["seed"]]) / 1e6])
+        size = [(a["preset"] == "paper", a["total_timesteps"]) for a in runs.values()]
+        assert (args["preset"] == "paper", args["total_timesteps"]) == max(size)
+        given = command.strip("`").split()
+        assert given[:2] == ["python", f"{stem}.py"] and command == commands.get(log, command)
         for name, value in zip(given[2::2], given[3::2], strict=True):
             assert str(args[name[2:].replace("-", "_")]) == value
+        full += len(returns) >= 5 and args["total_timesteps"] >= 180_000_000
     none = sum(row[3] == "not run yet" for row in rows)
-    words = f"Of {len(rows)} cells, 0 are of the paper's size, {len(rows) - none} smaller, {none} not run."
+    smaller = len(rows) - none - full
+    words = f"Of {len(rows)} cells, {full} are of the paper's size, {smaller} smaller, {none} not run."
     assert words in PAGE.read_text()
 
 
@@ -268,5 +273,4 @@ def test_no_table_is_forgotten():
     words = {("file", "a row for each seed and …"), ("command", "what it draws", "what it needs")}
     versions = {header for header in tables(README) if "JAX 0.10.2" in "".join(header)}
     assert set(tables(README)) == checked | words | versions
-    packed = ("folder", "command", "commit", "device", "wall time", "what it shows")
-    assert set(tables(PAGE)) == {PAGE_HEADER, packed}
+    assert set(tables(PAGE)) == {PAGE_HEADER, PACKED}

@@ -1,0 +1,136 @@
+"""Every cell of the paper's Table 1: what is done, what is left, and running it, on one machine or by Slurm.
+
+    python benchmark/table_1.py --dry-run        # the plan
+    python benchmark/table_1.py                  # all cells, one after the other
+    sbatch benchmark/table_1.sbatch              # a task of a Slurm array for each cell
+
+A cell is a method on a task, with all its seeds in one process, in RUNS_DIR/<task>/<script>/. Finished cells
+are skipped, others go on from their newest checkpoint: start it again after whatever has stopped it. SIGTERM
+and Ctrl-C are passed on: the run writes a checkpoint and stops. Arguments behind `--` go to the scripts.
+"""
+
+import fcntl
+import importlib
+import shlex
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from plotting import runs  # noqa: E402
+from plotting.paper import METHODS, SEEDS, TASKS  # noqa: E402
+
+# What is worth most comes first, should the time end.
+FIRST = ("gorl_fm_ppo", "ppo_gaussian", "gorl_diff_ppo", "fpo", "dppo")
+ORDER = ("HopperStand", "CheetahRun", "WalkerWalk", "FingerSpin", "FingerTurnHard", "FishSwim")
+assert set(FIRST) == set(METHODS) and set(ORDER) == set(TASKS)
+
+
+@dataclass(frozen=True)
+class Args:
+    """All cells of Table 1, or one of them."""
+
+    cell: int | None = None  # only this one, counted from 0 as --dry-run shows it
+    num_seeds: int = SEEDS  # seeds of a cell, together in one process
+    tasks: tuple[str, ...] = ORDER  # the rows of the plan
+    methods: tuple[str, ...] = FIRST  # scripts, without .py
+    runs_dir: Path = Path("runs/table_1")  # where the runs go
+    dry_run: bool = False  # print the plan and do nothing
+
+
+def wrong(argument: str, got: object, takes: str) -> None:
+    """Ends the program with one line on stderr and exit status 2."""
+    print(f"table_1.py: {argument}: got {got}; takes {takes}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest run in a cell's folder that can go on; None if there is none."""
+    return max(
+        (file.parent for file in folder.glob("*/args.json")), key=lambda r: r.stat().st_mtime, default=None
+    )
+
+
+def finished(run: Path) -> bool:
+    try:
+        runs.read_run(run)
+    except ValueError:
+        return False
+    return True
+
+
+def command(script: str, task: str, args: Args, rest: list[str], run: Path | None) -> list[str]:
+    """A cell's command line; a run that goes on gets its arguments again, so that it refuses others."""
+    given = ["--env-id", task, "--num-seeds", str(args.num_seeds), *rest]
+    where = ["--resume", str(run)] if run else ["--runs-dir", str(args.runs_dir / task / script)]
+    return [f"{script}.py", *given, *where]
+
+
+def checked(argv: list[str]) -> None:
+    """Ends the program, with the script's message, unless these arguments are right and the run's."""
+    sys.argv = argv
+    script = importlib.import_module(Path(argv[0]).stem)
+    script.check(script.parse_args())
+
+
+def start(argv: list[str], lock: int) -> int:
+    """Runs a cell to its end; SIGTERM and SIGINT go on to it, once each. The child, too, holds the lock."""
+    # A session of its own: or Ctrl-C would reach it twice, from the terminal and from here.
+    script = [sys.executable, str(ROOT / argv[0]), *argv[1:]]
+    child = subprocess.Popen(script, pass_fds=[lock], start_new_session=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: child.send_signal(number))
+    return child.wait()
+
+
+def main() -> int:
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, rest = tyro.cli(Args, args=sys.argv[1:at], description=__doc__), sys.argv[at + 1 :]
+    for name, known in (("tasks", ORDER), ("methods", FIRST)):
+        if unknown := [x for x in getattr(args, name) if x not in known]:
+            wrong(f"--{name}", unknown[0], f"some of {' '.join(known)}")
+    cells = [(task, script) for task in args.tasks for script in args.methods]
+    if args.cell is not None and not 0 <= args.cell < len(cells):
+        wrong("--cell", args.cell, f"a number from 0 to {len(cells) - 1}")
+    states, plan = Counter(), []
+    for i, (task, script) in enumerate(cells):
+        if args.cell in (None, i):
+            run = newest(args.runs_dir / task / script)
+            argv = command(script, task, args, rest, run)
+            checked(argv)  # of finished ones, too: or a run of other sizes would pass for the cell
+            state = "start" if run is None else "finished" if finished(run) else "go on"
+            states[state] += 1
+            print(f"{i:2}  {state:8}  {task:14}  python {shlex.join(argv)}", flush=True)
+            plan += [(i, argv)] * (state != "finished")
+    print(
+        ", ".join(
+            f"{n} to {state}" if state != "finished" else f"{n} finished" for state, n in states.items()
+        )
+    )
+    failed = []
+    for i, argv in plan if not args.dry_run else ():
+        folder = args.runs_dir / cells[i][0] / cells[i][1]
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print(f"cell {i} is being worked on by another process; left to it", file=sys.stderr)
+                continue
+            status = start(argv, lock.fileno())
+        if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+            return status
+        if status:
+            print(f"cell {i} failed with status {status}; the others go on", file=sys.stderr)
+            failed.append(i)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
