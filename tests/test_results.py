@@ -107,6 +107,25 @@ def test_tables_of_returns():
         assert [row[1] for row in rows if row[0] == task and "**" in row[2]] == [max(mean, key=mean.get)]
 
 
+RUNS = ("script", "wall time (s)", "steps/s, both seeds", "last return, seeds 1 and 2")
+
+
+def test_table_of_the_finger_spin_runs():
+    """Otherwise users plan with times, or believe in seeds, that no run has had."""
+    rows = tables(README)[RUNS]
+    assert len(rows) == 5
+    for script, wall, sps, returns in rows:
+        folder = RESULTS / "finger_spin_3m" / Path(script.strip("`")).stem
+        check(returns, at(folder))
+        with (folder / "eval.csv").open() as file:
+            check(wall, [max(float(row["wall_time"]) for row in csv.DictReader(file))])
+        with (folder / "train.csv").open() as file:
+            assert (
+                abs(float(sps.replace(",", "")) - np.median([float(r["sps"]) for r in csv.DictReader(file)]))
+                < 1
+            )
+
+
 PACKED = ("folder", "command", "commit", "device", "wall time", "what it shows")
 PAGE_HEADER = ("task", "method", "the paper", "ours", "seeds", "steps", "device", "command", "log")
 
@@ -152,7 +171,7 @@ BRAX = ("", "0.2M", "0.4M", "0.6M", "0.8M", "1.0M", "1.2M", "seeds at 1.2M")
 
 def test_table_of_braxs_ppo():
     """Otherwise our Gaussian PPO is not compared with what was measured of Brax's."""
-    rows = tables(README)[BRAX]
+    rows = tables(PAGE)[BRAX]
     folders = [[RESULTS / "brax_ppo_cheetah_run" / f"seed_{n}" for n in (1, 2, 3)]]
     folders += [[RESULTS / name / "ppo_gaussian"] for name in ("cpu_preset", "cpu_preset_earlier")]
     for (_, *cells), runs in zip(rows, folders, strict=True):
@@ -164,9 +183,12 @@ def test_table_of_braxs_ppo():
         check(cells[6], [curve[max(curve)] for curve in curves])
 
 
+NORMS = ("joint bound, clip range", "return at 0.4M steps")
+
+
 def test_table_of_gradient_norms():
     """Otherwise a default rests on numbers that no run has had."""
-    rows = tables(README)["joint bound, clip range", "return at 0.4M steps"]
+    rows = tables(PAGE)[NORMS]
     folders = (
         "cpu_preset_cheetah_run",
         "cpu_variants/gorl_fm_stage0_clip_0.3",
@@ -266,11 +288,10 @@ def test_table_of_scripts():
 
 def test_no_table_is_forgotten():
     """Otherwise a new table of numbers is never compared with its logs."""
-    checked = {RETURNS, BRAX, ("joint bound, clip range", "return at 0.4M steps")}
-    checked |= {("", "CheetahRun", "HopperStand"), ("", "ours", "theirs", "ratio")}
+    checked = {RETURNS, RUNS, ("", "CheetahRun", "HopperStand"), ("", "ours", "theirs", "ratio")}
     checked |= {("", "1 seed: state + temporaries", "5 seeds")}
     checked |= {("script", "method", "lines", "lines that `diff ppo_gaussian.py` changes")}
     words = {("file", "a row for each seed and …"), ("command", "what it draws", "what it needs")}
     versions = {header for header in tables(README) if "JAX 0.10.2" in "".join(header)}
     assert set(tables(README)) == checked | words | versions
-    assert set(tables(PAGE)) == {PAGE_HEADER, PACKED}
+    assert set(tables(PAGE)) == {PAGE_HEADER, PACKED, BRAX, NORMS}
