@@ -665,8 +665,8 @@ def main() -> int:
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
     jax.config.update("jax_default_matmul_precision", "highest")  # for physics; GPUs default to less
     def stop(number: int, _: Any) -> None:
-        os._exit(128 + number) if caught else caught.append(number)
-        print("Stopping after this iteration or epoch; a second signal stops at once.", file=sys.stderr)
+        os._exit(128 + number) if caught and number == signal.SIGINT else caught.append(number)
+        print("Stopping after this iteration or epoch; another Ctrl-C stops at once.", file=sys.stderr)
     _ = signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
     make_mesh(args)  # before the run has a directory: it checks that devices and memory fit
     run_dir = Path(args.resume).resolve() if args.resume else make_run_dir(args)
