@@ -61,7 +61,7 @@ def draw(
     text = style.note(every, preset, paper=60_000_000)
     if missing := [task for task in STAGE_TASKS if task not in tasks]:
         text += f"; {' and '.join(missing)} not run"
-    style.finish(figure, axes, text, columns=4)
+    style.finish(figure, axes, text, columns=4 if len(tasks) > 1 else 2)
     return style.save(figure, options.out, "figure_6")
 
 

@@ -200,6 +200,40 @@ def test_table_of_gradient_norms():
         check(returns, at(RESULTS / folder, 399_360))
 
 
+WARM = ("", "lower quartile", "median", "upper quartile")
+
+
+def test_table_of_warm_starts():
+    """Otherwise a statement about the method rests on numbers that no run has had."""
+    files = sorted(RESULTS.rglob("refine.csv"))
+    refinements = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
+    assert f"in all {len(refinements)} refinements" in PAGE.read_text()
+    columns = ("return_before", "return_after", "reward_mean")
+    before, after, reward = (np.array([float(row[name]) for row in refinements]) for name in columns)
+    want = [after / before, 1000 * reward / before, after / (1000 * reward)]
+    for (_, *cells), ratio in zip(tables(PAGE)[WARM], want, strict=True):
+        for cell, quantile in zip(cells, (0.25, 0.5, 0.75), strict=True):
+            check(cell, [np.quantile(ratio, quantile)])
+
+
+STAGES = ("decoder of stage", "steps behind it", "return at 0 steps", "return at 1M steps")
+
+
+def test_table_of_frozen_decoders():
+    """Otherwise Figure 6's discussion is of other numbers than its curves."""
+    folder, rows = RESULTS / "cheetah_run_ablations", tables(PAGE)[STAGES]
+    with (folder / "beta_1e-3/refine.csv").open() as file:
+        refined = sorted({int(row["step"]) for row in csv.DictReader(file)})
+    for stage, (name, behind, first, last) in enumerate(rows):
+        run = folder / f"decoder_{stage}"
+        assert json.loads((run / "args.json").read_text())["decoder_from"].endswith(f"beta_1e-3:{stage}")
+        assert numbers(name) == [str(stage)]
+        check(behind, [([0, *refined][stage]) / 1e6])
+        check(first, [curve[0] for _, curve in sorted(evaluations(run).items())])
+        check(last, at(run))
+    assert len(rows) == 4
+
+
 # --- speed and memory ---
 
 
@@ -294,4 +328,4 @@ def test_no_table_is_forgotten():
     words = {("file", "a row for each seed and …"), ("command", "what it draws", "what it needs")}
     versions = {header for header in tables(README) if "JAX 0.10.2" in "".join(header)}
     assert set(tables(README)) == checked | words | versions
-    assert set(tables(PAGE)) == {PAGE_HEADER, PACKED, BRAX, NORMS}
+    assert set(tables(PAGE)) == {PAGE_HEADER, PACKED, BRAX, NORMS, WARM, STAGES}
