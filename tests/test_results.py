@@ -216,6 +216,22 @@ def test_table_of_warm_starts():
             check(cell, [np.quantile(ratio, quantile)])
 
 
+DISCOUNTS = ("method", "discount", "last return, seeds 1 and 2", "mean over evaluations", "best evaluation")
+
+
+def test_table_of_discounts():
+    """Otherwise an advice on the discount rests on numbers that no run has had."""
+    folders = {"0.995": "finger_spin_3m", "0.95": "finger_spin_3m_gamma_0.95"}
+    rows = tables(PAGE)[DISCOUNTS]
+    assert len(rows) == 4
+    for method, discount, *cells in rows:
+        run = RESULTS / folders[discount] / STEMS[method]
+        assert json.loads((run / "args.json").read_text())["gamma"] == float(discount)
+        curves = [list(curve.values()) for _, curve in sorted(evaluations(run).items())]
+        for cell, of in zip(cells, (lambda x: x[-1], np.mean, max), strict=True):
+            check(cell, [of(curve) for curve in curves])
+
+
 STAGES = ("decoder of stage", "steps behind it", "return at 0 steps", "return at 1M steps")
 
 
@@ -335,4 +351,5 @@ def test_no_table_is_forgotten():
         NORMS,
         WARM,
         STAGES,
+        DISCOUNTS,
     }
