@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -29,6 +30,7 @@ from plotting.paper import METHODS, SEEDS, TASKS  # noqa: E402
 # What is worth most comes first, should the time end.
 FIRST = ("gorl_fm_ppo", "ppo_gaussian", "gorl_diff_ppo", "fpo", "dppo")
 ORDER = ("HopperStand", "CheetahRun", "WalkerWalk", "FingerSpin", "FingerTurnHard", "FishSwim")
+STOPS = (signal.SIGTERM, signal.SIGINT)
 assert set(FIRST) == set(METHODS) and set(ORDER) == set(TASKS)
 
 
@@ -79,14 +81,15 @@ def checked(argv: list[str]) -> None:
     script.check(script.parse_args())
 
 
-def start(argv: list[str], lock: int) -> int:
-    """Runs a cell to its end; SIGTERM and SIGINT go on to it, once each. The child, too, holds the lock."""
+def start(argv: list[str], lock: int, caught: list[int], running: list[subprocess.Popen]) -> int:
+    """Runs a cell to its end, and returns its status as a shell would. The child, too, holds the lock."""
     # A session of its own: or Ctrl-C would reach it twice, from the terminal and from here.
     script = [sys.executable, str(ROOT / argv[0]), *argv[1:]]
-    child = subprocess.Popen(script, pass_fds=[lock], start_new_session=True)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: child.send_signal(number))
-    return child.wait()
+    running[:] = [subprocess.Popen(script, pass_fds=[lock], start_new_session=True)]
+    for number in caught:  # since main() has looked
+        running[0].send_signal(number)
+    status = running[0].wait()
+    return status if status >= 0 else 128 - status
 
 
 def main() -> int:
@@ -113,7 +116,15 @@ def main() -> int:
             f"{n} to {state}" if state != "finished" else f"{n} finished" for state, n in states.items()
         )
     )
-    failed = []
+    caught, running, failed = [], [], []
+
+    def stop(number: int, _: Any) -> None:
+        caught.append(number)
+        for child in running:
+            child.send_signal(number)
+
+    for number in STOPS:
+        signal.signal(number, stop)
     for i, argv in plan if not args.dry_run else ():
         folder = args.runs_dir / cells[i][0] / cells[i][1]
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,9 +134,9 @@ def main() -> int:
             except OSError:
                 print(f"cell {i} is being worked on by another process; left to it", file=sys.stderr)
                 continue
-            status = start(argv, lock.fileno())
-        if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-            return status
+            status = start(argv, lock.fileno(), caught, running)
+        if caught or status - 128 in STOPS:  # a script that was still starting has a status of its own
+            return 128 + caught[0] if caught else status
         if status:
             print(f"cell {i} failed with status {status}; the others go on", file=sys.stderr)
             failed.append(i)

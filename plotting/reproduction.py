@@ -5,6 +5,7 @@ python -m plotting.reproduction --runs results --to results/README.md
 rewrites the table between two marks in that file.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def rows(groups: tuple[runs.Group, ...], root: Path) -> list[tuple[str, ...]]:
                 continue
             mean, std = runs.mean_std(returns := runs.final_returns(group))
             folders = sorted({curve.run for curve in group.curves.values()})
-            logs = ", ".join(f"`{folder.resolve().relative_to(root.resolve())}/`" for folder in folders)
+            logs = ", ".join(f"`{os.path.relpath(folder, root)}/`" for folder in folders)
             args = [runs.read_args(folder) for folder in folders]
             devices = ", ".join(sorted({str(a["versions"].get("device", "unknown")) for a in args}))
             commands = ", ".join(f"`{pack.command_of(a)}`" for a in args)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from plotting import reproduction
 from plotting.paper import METHODS, TABLE_1, TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -164,6 +165,21 @@ def test_the_page_of_all_cells():
     smaller = len(rows) - none - full
     words = f"Of {len(rows)} cells, {full} are of the paper's size, {smaller} smaller, {none} not run."
     assert words in PAGE.read_text()
+
+
+def test_the_page_is_made_anew(tmp_path, capsys):
+    """Otherwise its command loses what is written around the table, or leaves the table old."""
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{''.join(reproduction.MARKS)}after\n")
+    reproduction.draw(reproduction.Logs((RESULTS,)), page)
+    made, there = page.read_text(), PAGE.read_text()
+    assert made.startswith("before\n") and made.endswith(reproduction.MARKS[1] + "after\n")
+    strip = [[row[:-1] for row in tables(file)[PAGE_HEADER]] for file in (page, PAGE)]  # paths differ
+    assert strip[0] == strip[1] and len(strip[0]) == 30
+    page.write_text(there.replace(reproduction.MARKS[1], ""))
+    with pytest.raises(SystemExit) as error:
+        reproduction.draw(reproduction.Logs((RESULTS,)), page)
+    assert error.value.code == 2 and "--to: got" in capsys.readouterr().err
 
 
 BRAX = ("", "0.2M", "0.4M", "0.6M", "0.8M", "1.0M", "1.2M", "seeds at 1.2M")

@@ -76,6 +76,19 @@ def test_cells_are_stopped_gone_on_with_and_skipped(tmp_path):
     assert other.returncode == 2 and "--gamma: got 0.8; takes the resumed run's" in other.err
 
 
+def test_a_signal_while_a_script_is_starting(tmp_path):
+    """Otherwise a task that is pre-empted early counts as failed, and is not queued again."""
+    process = start(tmp_path, *TWO)
+    folder = tmp_path / "runs/table_1/FishSwim/ppo_gaussian"
+    while process.poll() is None and not (folder / "lock").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)  # it imports JAX
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert not list(folder.glob("*/args.json")) and not (folder.parent / "gorl_fm_ppo").exists()
+
+
 @pytest.fixture
 def main(tmp_path, monkeypatch):
     """main() in this process, of cells that only note that they were started and have a given status."""
@@ -83,11 +96,12 @@ def main(tmp_path, monkeypatch):
     table_1 = importlib.import_module("table_1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(table_1, "checked", lambda argv: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def call(statuses, *arguments):
         started = []
 
-        def start(argv, lock):
+        def start(argv, *_):
             started.append(argv[0])
             return statuses[len(started) - 1]
 
