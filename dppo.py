@@ -10,17 +10,8 @@ Ren et al., "Diffusion Policy Policy Optimization" (2024), from scratch, in the 
   5. 180M environment steps.
 
     python dppo.py --env-id HopperStand --seed 1
-
 Axes: K seeds, N environments, U unrolls of an environment in an iteration, T steps, B = U * N, D denoisings.
 """
-
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["jax==0.10.1; python_version < '3.12'", "jax==0.12.0.1; python_version >= '3.12'",
-#   "flax==0.12.8; python_version < '3.12'", "flax==0.12.12; python_version >= '3.12'",
-#   "optax==0.2.8", "playground==0.2.0", "mujoco==3.17.0", "mujoco-mjx==3.17.0", "warp-lang==1.19.0",
-#   "tyro==1.0.17", "tqdm==4.70.1", "wandb==0.31.0"]
-# ///
 
 import json
 import os
@@ -47,7 +38,9 @@ import optax
 import tyro
 from flax import struct
 from jax import Array, P, lax
+from jax.experimental import multihost_utils as hosts
 from jax.scipy.stats import norm
+from mujoco import mjx
 from mujoco_playground import MjxEnv, dm_control_suite
 from tqdm import tqdm
 
@@ -55,7 +48,6 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Args:
     """DPPO on MuJoCo Playground's DM Control suite."""
-
     env_id: str = "HopperStand"  # a task of MuJoCo Playground's DM Control suite
     seed: int = 1  # the first seed
     num_seeds: int = 1  # seeds seed .. seed + num_seeds - 1 train together in this process
@@ -80,6 +72,7 @@ class Args:
     eval_every: int = 6_000_000  # environment steps between evaluations
     eval_envs: int = 128  # episodes an evaluation
     impl: Literal["jax", "warp"] = "jax"  # physics backend; the paper's is jax
+    distributed: tuple[str, ...] | None = None  # many processes do one run: a job's, or HOST:PORT NUMBER ID
     runs_dir: str = "runs"  # where run directories are made
     exp_name: str = Path(__file__).stem  # part of the run directory's name
     resume: str | None = None  # a run directory to continue; its arguments are taken over
@@ -91,7 +84,6 @@ class Args:
 TABLES = ("eval", "train")  # CSV files of a run
 CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
                   num_minibatches=16, update_epochs=8, eval_every=200_000)  # fmt: skip
-
 # --- shared: argument checks, environment, statistics, networks ---
 def require(ok: bool, argument: str, got: Any, takes: str) -> None:
     """Unless `ok`, ends the program with one line on stderr and exit status 2."""
@@ -114,7 +106,6 @@ def check_common(args: "Args") -> None:
     got, takes = args.num_envs, "a divisor of --batch-size times --num-minibatches, an iteration's unrolls"
     require(args.batch_size * args.num_minibatches % got == 0, "num_envs", got, takes)
     require("/" not in args.exp_name, "exp_name", args.exp_name, "a name without slashes")
-
 def make_mesh(args: "Args") -> Any:
     """All devices, in rows that have some seeds each and share their environments; checks what that asks."""
     rows, every, env = np.gcd(args.num_seeds, jax.device_count()), jax.device_count(), make_env(args)
@@ -145,8 +136,9 @@ def make_env(args: "Args") -> MjxEnv:
     config.impl = args.impl  # Playground 0.2 itself defaults to warp
     if args.impl == "warp":  # its contact buffer serves all worlds, and Playground's is for 2048
         config.naconmax *= -(-max(args.num_envs, args.eval_envs) * args.num_seeds // 2048)
-    env = dm_control_suite.load(args.env_id, config=config)
-    env._mjx_model = jax.tree.map(lambda x: jnp.array(np.array(x)), env._mjx_model)  # was tied to one device
+    env, here = dm_control_suite.load(args.env_id, config=config), jax.local_devices()[0]
+    # Its own model is tied to the first of all devices, which may be another process's; this one, to none.
+    env._mjx_model = jax.tree.map(jnp.array, jax.device_get(mjx.put_model(env.mj_model, here, args.impl)))
     env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # traced once for training and evaluation
     return env
 def each_env(f: Any) -> Any:
@@ -199,7 +191,6 @@ def mlp(layers: list[dict[str, Array]], x: Array) -> Array:
         x = silu(x @ layer["kernel"] + layer["bias"])
     return (x @ layers[-1]["kernel"] + layers[-1]["bias"]).reshape(*axes, -1)
 # --- end shared ---
-
 @struct.dataclass
 class Agent:
     """One seed's networks, or all seeds' with axes (K,) in front. A policy lacks critic and Adam states."""
@@ -258,7 +249,6 @@ def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) ->
     chain = jnp.moveaxis(jnp.concatenate([start[None], chain]), 0, -2)
     # By the update's own arithmetic, so that ratios start at exactly 1.
     return u, {"chain": chain, "log_prob": denoising_log_prob(args, actor, obs, chain)}
-
 # --- shared: rollout, advantages, update, evaluation ---
 Transitions = namedtuple("Transitions", "obs u drawn reward truncated")  # (U, T, N, ...); drawn: see `act`
 def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tuple[Envs, Any, Array, dict]:
@@ -317,7 +307,6 @@ def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) ->
         return lax.scan(minibatch_step, agent, (rows, jax.random.split(key, args.num_minibatches)))
     agent, metrics = lax.scan(epoch, agent, jax.random.split(key, args.update_epochs))
     return agent, jax.tree.map(jnp.mean, metrics)
-
 INIT, RESET, TRAIN, EVAL_RESET, EVAL_ACT, DECODER = range(6)
 def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
     """The key for a purpose at a point of a run: it depends on the seed, not on how many run beside it."""
@@ -333,7 +322,6 @@ def evaluate(args: "Args", env: MjxEnv, agent: Any, seed_key: Array, index: Any,
     _, (reward, broken) = lax.scan(step, envs, keys)
     return jnp.where(jnp.cumsum(broken, axis=0) > 0, 0.0, reward).sum(0)
 # --- end shared ---
-
 def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: Any) -> tuple[Array, dict]:
     """PPO on the denoising MDP and metrics; all steps of a chain share the environment step's advantage.
 
@@ -389,22 +377,24 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     if state.envs is None:
         bar.write("The checkpoint has no environments: fresh episodes from here on.")
         state = state.replace(envs=fresh(10**6 + done).envs)
+    hosts.assert_equal(hash(tuple(f"{args}{meta}".encode())) % 2**31, "arguments or checkpoints differ")
     write_args(args, run_dir)
     while True:
-        step, stopping = done * size, caught[:]
+        step, mine = done * size, [sum(caught[:1]), time.time() - saved_at > 60 * args.checkpoint_minutes]
+        stopping, late = hosts.process_allgather(np.array(mine)).max(0).tolist()  # all do the same
+        caught += [stopping] * (stopping > 0 and not caught)
         if evaluating:
             r = np.asarray(returns(state.agent, seed_keys, 2 * done, True))
             stats = {f"return_{name}": getattr(r, name)(1) for name in ("mean", "std", "min", "max")}
             row("eval", step=step, stage=0, **stats, wall_time=time.time() - start)
             bar.write(f"step {step:,}: return {r.mean(1).round(1)} +- {r.std(1).round(1)}")
             bar.set_postfix_str(f"return {r.mean():.1f}")
-        if evaluating or stopping or time.time() - saved_at > 60 * args.checkpoint_minutes:
+        if evaluating or stopping or late:
             saved_at, parts = time.time(), state.replace(envs=state.envs if exact else None)
             save_state(run_dir, f"{step:012}", parts, run=run, done=done, wall_time=saved_at - start)
         if stopping or done == end:
             break
-        began = time.time()
-        state, metrics = iterate(state, seed_keys, done)
+        began, (state, metrics) = time.time(), iterate(state, seed_keys, done)
         metrics, done = jax.device_get(metrics), done + 1
         clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
         row("train", step=done * size, stage=0, **clock, **metrics, iteration=done)
@@ -433,23 +423,31 @@ def parse_args() -> Args:
     base = base if args.resume is None else load_args(args.resume)
     require(base is not None, "resume", args.resume, f"a run of {Path(__file__).name}, with its args.json")
     args = tyro.cli(Args, default=replace(base, resume=args.resume))
-    for k, stored in asdict(base).items() if args.resume else ():
+    for k, stored in asdict(replace(base, distributed=args.distributed)).items() if args.resume else ():
         ok = getattr(args, k) == stored or k.startswith(("track", "wandb", "checkpoint", "resume"))
         ok |= k == "total_timesteps" and args.total_timesteps > stored
         require(ok, k, getattr(args, k), f"the resumed run's, {stored} (a budget may be longer)")
     return args
-
 # --- shared: run directory, main ---
 def make_run_dir(args: "Args") -> Path:
     """Creates runs/<env-id>__<exp-name>__<seed>__<unix time>/, exclusively (on collision -2, -3, ...)."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    now = hosts.broadcast_one_to_all(np.uint32(time.time()))
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
     for n in count(1):
         run_dir = Path(args.runs_dir) / (name if n == 1 else f"{name}-{n}")
         try:
-            (run_dir / "checkpoints").mkdir(parents=True)
+            _ = jax.process_index() or (run_dir / "checkpoints").mkdir(parents=True)  # by the first only
             return run_dir
         except OSError as error:
             require(run_dir.exists(), "runs_dir", f"{args.runs_dir}, {error.strerror}", "a writable folder")
+def write_file(path: Path, write: Any) -> None:
+    """A file by write(file), aside, then renamed, by the first process only."""
+    if jax.process_index() == 0:
+        with (aside := path.with_name("unfinished.tmp")).open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
 def write_args(args: "Args", run_dir: Path) -> None:
     """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
     failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
@@ -457,8 +455,8 @@ def write_args(args: "Args", run_dir: Path) -> None:
     versions = {name: metadata.version(name) for name in packages} | {"python": sys.version.split()[0]}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit, "device": device}
-    (aside := run_dir / "args.tmp").write_text(json.dumps(asdict(args) | {"versions": versions}, indent=1))
-    aside.replace(run_dir / "args.json")
+    text = json.dumps(asdict(args) | {"versions": versions}, indent=1)
+    write_file(run_dir / "args.json", lambda file: file.write(text.encode()))
 def load_args(run_dir: str) -> "Args | None":
     """The arguments of a run of this script; None if it is none."""
     with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
@@ -469,7 +467,7 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
     """A row a seed to a CSV file, and reported; FloatingPointError if a loss or a gradient is not finite."""
     table = np.column_stack([np.broadcast_to(v, len(columns["seed"])) for v in columns.values()])
     formats = ["%d" if np.asarray(v).dtype.kind in "iu" else "%.7g" for v in columns.values()]
-    with (run_dir / f"{name}.csv").open("a") as file:
+    with (Path(os.devnull) if jax.process_index() else run_dir / f"{name}.csv").open("a") as file:
         np.savetxt(file, table, formats, ",", header="" if file.tell() else ",".join(columns), comments="")
     for row in (dict(zip(columns, numbers, strict=True)) for numbers in table.tolist()):
         report({k if k == "step" else f"{name}/{k}/seed_{row['seed']:.0f}": v for k, v in row.items()})
@@ -477,13 +475,9 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
             at = [f"{k} {row[k]:.0f}" for k in ("seed", "iteration", "stage", "epoch") if k in row]
             raise FloatingPointError(f"{', '.join(at)}: {', '.join(bad)} not finite")
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
-    """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
-    arrays = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
-    with (aside := path.with_name("unfinished.tmp")).open("wb") as file:
-        np.savez(file, meta=json.dumps(meta), **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """An .npz file of the tree's leaves by name: checksums, and no pickle."""
+    leaves = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree.leaves_with_path(tree)}
+    write_file(path, partial(np.savez, meta=json.dumps(meta), **hosts.process_allgather(leaves, tiled=True)))
 def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """The tree `like`, of shapes and types, from a file, and the file's meta; ValueError if they differ."""
     def load(name: tuple, leaf: Any) -> np.ndarray:
@@ -500,7 +494,7 @@ def save_state(run_dir: Path, name: str, state: Any, **meta: Any) -> None:
     meta["without"] = [name for name, part in vars(state).items() if part is None]
     save_arrays(run_dir / "checkpoints" / f"state_{name}.npz", state, **meta)
     for old in sorted(run_dir.glob("checkpoints/state_*.npz"))[:-2]:
-        old.unlink()
+        old.unlink(missing_ok=True)
 def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, Any]]:
     """State and meta of the newest good checkpoint, if there is one; CSV files lose what came after."""
     sizes = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
@@ -515,19 +509,18 @@ def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, An
     else:  # a run's first checkpoint is older than the first row of train.csv
         require(not files and "train.csv" not in sizes, "resume", run_dir, "a run with a good checkpoint")
         i, state, meta = 0, None, {"bytes": {}}
-    for bad in files[:i]:
+    for bad in () if jax.process_index() else files[:i]:
         bad.replace(bad.with_suffix(".bad"))  # or it might be taken later, beside other rows than its own
-    for name in sizes:
+    for name in () if jax.process_index() else sizes:
         os.truncate(run_dir / name, meta["bytes"].get(name, 0))
     return state, meta
-
 def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
     """A thread's work: rows to Weights & Biases until None comes, offline once that fails; nobody waits."""
     os.environ.setdefault("WANDB_SILENT", "true")  # it would ask for a login
     row, about = rows.get(), {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
     caps = {"init_timeout": 20, "finish_timeout": 20, "x_transaction_log_flush_interval": 1, "console": "off"}
     about |= {"id": run_dir.name, "name": run_dir.name, "config": asdict(args), "settings": caps}
-    for mode in (None, "offline") if row else ():  # None: as WANDB_MODE says
+    for mode in (None, "offline") if row and jax.process_index() == 0 else ():  # None: as WANDB_MODE says
         try:
             import wandb
             wandb.init(resume="allow", mode=mode, **about).define_metric("*", step_metric="step")
@@ -561,6 +554,15 @@ def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) 
 
 def main() -> int:
     args, caught, rows = parse_args(), [], SimpleQueue()
+    if args.distributed is not None:  # before devices are used; the first process alone writes and prints
+        limits = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 40}
+        try:
+            jax.distributed.initialize(*args.distributed[:1], *map(int, args.distributed[1:]), **limits)
+        except Exception as error:
+            takes = "none in a job of Slurm, Open MPI or Kubernetes, or HOST:PORT NUMBER ID (HOST's is 0)"
+            require(False, "distributed", f"{' '.join(args.distributed)} ({error!r})", takes)
+        os.dup2(os.open(os.devnull, os.O_WRONLY) if jax.process_index() else 1, 1)
+    many, args = " --distributed" * (args.distributed is not None), replace(args, distributed=None)
     check(args)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "jax"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
@@ -576,13 +578,13 @@ def main() -> int:
     print(f"{args.env_id}, {n} seed(s) from {args.seed}, {args.total_timesteps:,} steps, {device}; {run_dir}")
     if jax.default_backend() == "cpu" and args.preset != "cpu":
         print(f"On a CPU: {args.total_timesteps * n / 1.8e7:.0f} hours at 5000 steps/s. See --preset cpu.")
-    resume = f"go on with: {sys.executable} {sys.argv[0]} --resume {run_dir}"
-    def work() -> int:
+    resume = f"go on with: {sys.executable} {sys.argv[0]} --resume {run_dir}{many}"
+    def work() -> int:  # it reports errors itself, as they may hold locks
         try:
             end = train(args, run_dir, caught, rows.put if args.track else bool)
             print(f"finished: {run_dir}" if end else f"stopped by {signal.Signals(caught[0]).name}; {resume}")
             return 0 if end else 128 + caught[0]
-        except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:  # here: it may hold locks
+        except (OSError, FloatingPointError, AssertionError, jax.errors.JaxRuntimeError) as error:
             newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
             print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
             return 1

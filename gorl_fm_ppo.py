@@ -9,17 +9,8 @@ Policies" (2025); sections, equations and appendices cited below are the paper's
   5. Four stages of 60M, 60M, 30M and 30M environment steps. No likelihood of the decoder is ever needed.
 
     python gorl_fm_ppo.py --env-id HopperStand --seed 1
-
 Axes in comments: K seeds, N environments, U unrolls of an environment in an iteration, T steps, B = U * N.
 """
-
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["jax==0.10.1; python_version < '3.12'", "jax==0.12.0.1; python_version >= '3.12'",
-#   "flax==0.12.8; python_version < '3.12'", "flax==0.12.12; python_version >= '3.12'",
-#   "optax==0.2.8", "playground==0.2.0", "mujoco==3.17.0", "mujoco-mjx==3.17.0", "warp-lang==1.19.0",
-#   "tyro==1.0.17", "tqdm==4.70.1", "wandb==0.31.0"]
-# ///
 
 import json
 import os
@@ -46,7 +37,9 @@ import optax
 import tyro
 from flax import struct
 from jax import Array, P, lax
+from jax.experimental import multihost_utils as hosts
 from jax.scipy.stats import norm
+from mujoco import mjx
 from mujoco_playground import MjxEnv, dm_control_suite
 from tqdm import tqdm
 
@@ -54,7 +47,6 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Args:
     """GoRL(FM): latent PPO with a flow-matching decoder on MuJoCo Playground's DM Control suite."""
-
     env_id: str = "HopperStand"  # a task of MuJoCo Playground's DM Control suite
     seed: int = 1  # the first seed
     num_seeds: int = 1  # seeds seed .. seed + num_seeds - 1 train together in this process
@@ -88,6 +80,7 @@ class Args:
     eval_every: int = 6_000_000  # environment steps between evaluations (ends of stages are evaluated, too)
     eval_envs: int = 128  # episodes an evaluation
     impl: Literal["jax", "warp"] = "jax"  # physics backend; the paper's is jax
+    distributed: tuple[str, ...] | None = None  # many processes do one run: a job's, or HOST:PORT NUMBER ID
     runs_dir: str = "runs"  # where run directories are made
     exp_name: str = Path(__file__).stem  # part of the run directory's name
     resume: str | None = None  # a run directory to continue; its arguments are taken over
@@ -100,7 +93,6 @@ TABLES = ("eval", "train", "decoder", "refine")  # CSV files of a run
 CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
                   num_minibatches=16, update_epochs=8, eval_every=200_000, decoder_epochs=10,
                   decoder_batch_size=1024, decoder_buffer_size=100_000)
-
 # --- shared: argument checks, environment, statistics, networks ---
 def require(ok: bool, argument: str, got: Any, takes: str) -> None:
     """Unless `ok`, ends the program with one line on stderr and exit status 2."""
@@ -123,7 +115,6 @@ def check_common(args: "Args") -> None:
     got, takes = args.num_envs, "a divisor of --batch-size times --num-minibatches, an iteration's unrolls"
     require(args.batch_size * args.num_minibatches % got == 0, "num_envs", got, takes)
     require("/" not in args.exp_name, "exp_name", args.exp_name, "a name without slashes")
-
 def make_mesh(args: "Args") -> Any:
     """All devices, in rows that have some seeds each and share their environments; checks what that asks."""
     rows, every, env = np.gcd(args.num_seeds, jax.device_count()), jax.device_count(), make_env(args)
@@ -154,8 +145,9 @@ def make_env(args: "Args") -> MjxEnv:
     config.impl = args.impl  # Playground 0.2 itself defaults to warp
     if args.impl == "warp":  # its contact buffer serves all worlds, and Playground's is for 2048
         config.naconmax *= -(-max(args.num_envs, args.eval_envs) * args.num_seeds // 2048)
-    env = dm_control_suite.load(args.env_id, config=config)
-    env._mjx_model = jax.tree.map(lambda x: jnp.array(np.array(x)), env._mjx_model)  # was tied to one device
+    env, here = dm_control_suite.load(args.env_id, config=config), jax.local_devices()[0]
+    # Its own model is tied to the first of all devices, which may be another process's; this one, to none.
+    env._mjx_model = jax.tree.map(jnp.array, jax.device_get(mjx.put_model(env.mj_model, here, args.impl)))
     env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # traced once for training and evaluation
     return env
 def each_env(f: Any) -> Any:
@@ -208,7 +200,6 @@ def mlp(layers: list[dict[str, Array]], x: Array) -> Array:
         x = silu(x @ layer["kernel"] + layer["bias"])
     return (x @ layers[-1]["kernel"] + layers[-1]["bias"]).reshape(*axes, -1)
 # --- end shared ---
-
 @struct.dataclass
 class Agent:
     """One seed's networks, or all seeds' with axes (K,) in front. A policy lacks critic and Adam states."""
@@ -255,7 +246,6 @@ def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) ->
     latent = mean + std * jnp.where(deterministic, 0.0, jax.random.normal(key, mean.shape))
     log_prob = norm.logpdf(latent, mean, std).sum(-1)
     return decode(args, agent.decoder, obs, latent), {"latent": latent, "log_prob": log_prob}
-
 # --- shared: rollout, advantages, update, evaluation ---
 Transitions = namedtuple("Transitions", "obs u drawn reward truncated")  # (U, T, N, ...); drawn: see `act`
 def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tuple[Envs, Any, Array, dict]:
@@ -314,7 +304,6 @@ def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) ->
         return lax.scan(minibatch_step, agent, (rows, jax.random.split(key, args.num_minibatches)))
     agent, metrics = lax.scan(epoch, agent, jax.random.split(key, args.update_epochs))
     return agent, jax.tree.map(jnp.mean, metrics)
-
 INIT, RESET, TRAIN, EVAL_RESET, EVAL_ACT, DECODER = range(6)
 def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
     """The key for a purpose at a point of a run: it depends on the seed, not on how many run beside it."""
@@ -330,7 +319,6 @@ def evaluate(args: "Args", env: MjxEnv, agent: Any, seed_key: Array, index: Any,
     _, (reward, broken) = lax.scan(step, envs, keys)
     return jnp.where(jnp.cumsum(broken, axis=0) > 0, 0.0, reward).sum(0)
 # --- end shared ---
-
 def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: Any) -> tuple[Array, dict]:
     """Latent PPO (Eq. 3, 5) on batches (batch_size, T, ...). The decoder is environment to it (Lemma 3.1)."""
     advantage, metrics = critic_terms(args, params["critic"], batch, last_obs)
@@ -343,12 +331,10 @@ def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: A
         "latent_log_std": log_std.mean(), "latent_beyond_3": (jnp.abs(batch.drawn["latent"]) > 3).mean()}
     loss = metrics["policy_loss"] + args.vf_coef * metrics["value_loss"] - args.ent_coef * metrics["entropy"]
     return loss + args.kl_coef * metrics[f"latent_{args.latent_penalty}"], metrics
-
 def record(ring: dict[str, Array], written: Any, new: dict[str, Array]) -> dict[str, Array]:
     """Writes steps (U, T, N, ...) over a ring's (C, N, ...) oldest rows, the stage's `written` + 1st such."""
     capacity, steps = len(ring["reward"]), new["reward"].shape[0] * new["reward"].shape[1]
-    kept = min(capacity, steps)
-    rows = ((written + 1) * steps - kept + jnp.arange(kept)) % capacity
+    rows = ((written + 1) * steps - (kept := min(capacity, steps)) + jnp.arange(kept)) % capacity
     new = {name: x.reshape(steps, *x.shape[2:])[-kept:] for name, x in new.items()}
     return {name: ring[name].at[rows].set(new[name], unique_indices=True) for name in ring}
 
@@ -433,18 +419,21 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
         bar.write("The checkpoint has no environments: fresh episodes, and decoder data from here on only.")
         state, recorded = state.replace(envs=fresh(10**6 + done).envs), 0  # no stage has that index
     state = state.replace(ring=fresh(0).ring) if state.ring is None else state
+    hosts.assert_equal(hash(tuple(f"{args}{meta}".encode())) % 2**31, "arguments or checkpoints differ")
     ok = stage == len(ends) - 1 or (recorded + ends[stage] - done) * size >= args.decoder_batch_size
     require(ok, "resume", run_dir, "a run with decoder data in its checkpoint, to add a stage")
     write_args(args, run_dir)
     while True:
-        step, stopping = done * size, caught[:]
+        step, mine = done * size, [sum(caught[:1]), time.time() - saved_at > 60 * args.checkpoint_minutes]
+        stopping, late = hosts.process_allgather(np.array(mine)).max(0).tolist()  # all do the same
+        caught += [stopping] * (stopping > 0 and not caught)
         if evaluating:
             r = np.asarray(returns(state.agent, seed_keys, 2 * done, True))
             stats = {f"return_{name}": getattr(r, name)(1) for name in ("mean", "std", "min", "max")}
             row("eval", step=step, stage=stage, **stats, wall_time=time.time() - start)
             bar.write(f"step {step:,}, stage {stage}: return {r.mean(1).round(1)} +- {r.std(1).round(1)}")
             bar.set_postfix_str(f"return {r.mean():.1f}")
-        if evaluating or refined or stopping or time.time() - saved_at > 60 * args.checkpoint_minutes:
+        if evaluating or refined or stopping or late:
             saved_at, refined, left = time.time(), False, (ends[stage] - done) * size
             # No ring while the stage's rest overwrites all of it; a rest without one must fill a batch.
             if exact or left >= args.decoder_batch_size or done == ends[-1]:
@@ -455,8 +444,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
         if stopping or done == ends[-1]:
             return done == ends[-1]
         if done < ends[stage]:  # Phase 1 of Algorithm 1
-            began = time.time()
-            state, metrics = iterate(state, seed_keys, done, (stage, recorded))
+            began, (state, metrics) = time.time(), iterate(state, seed_keys, done, (stage, recorded))
             metrics, done, recorded = jax.device_get(metrics), done + 1, recorded + 1
             clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
             row("train", step=done * size, stage=stage, **clock, **metrics, iteration=done)
@@ -477,8 +465,8 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
         state, epoch, evaluating = state.replace(learner=tuple(learner)), epoch + 1, False
         bar.set_postfix_str(f"decoder {stage + 1}, epoch {epoch}/{args.decoder_epochs}")
         if refined := epoch == args.decoder_epochs:  # the next stage: the encoder starts again at N(0, I)
-            rewards = state.ring["reward"].reshape(len(seeds), -1)[:, :pairs]
-            state, reward = state.replace(ring=None), rewards.mean(1)  # before there is a new ring
+            mean = jax.jit(lambda x, n=pairs: x.reshape(len(seeds), -1)[:, :n].mean(1), out_shardings=P())
+            state, reward = state.replace(ring=None), mean(state.ring["reward"])  # before there is a new ring
             new = fresh(stage + 1)
             agent = start_stage(args, state.agent, learner[0], new.agent)
             r = [np.asarray(returns(a, seed_keys, 2 * done + 1, False)).mean(1) for a in (state.agent, agent)]
@@ -487,12 +475,12 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
             bar.write(f"decoder {stage + 1}: stochastic return {r[0].round(1)} before, {r[1].round(1)} after")
             state, stage, epoch, recorded = new.replace(agent=agent, learner=None), stage + 1, 0, 0
 def frozen_decoder(args: Args, env: MjxEnv) -> Any:
-    """The decoders (K, ...) that these seeds of another run had in a stage: --decoder-from RUN_DIR:STAGE."""
+    """--decoder-from's RUN_DIR:STAGE: these seeds' decoders (K, ...) there, saved before a refinement."""
     run_dir, _, stage = args.decoder_from.rpartition(":")
     with suppress(Exception):  # whatever a damaged file does, the message below says what was looked for
         of, at = load_args(run_dir), np.arange(args.seed, args.seed + args.num_seeds)
-        size = of.batch_size * of.num_minibatches * of.unroll_length
-        step = dict(enumerate(stage_ends(of)))[int(stage)] * size  # saved there before it was refined
+        done = dict(enumerate(stage_ends(of)))[int(stage)]
+        step = done * of.batch_size * of.num_minibatches * of.unroll_length
         agents = load_agents(of, env, Path(run_dir) / "checkpoints" / f"policy_{step}.npz")
         same = (of.env_id, of.decoder_steps, of.decoder_from) == (args.env_id, args.decoder_steps, None)
         if same and of.seed <= args.seed:
@@ -532,23 +520,31 @@ def parse_args() -> Args:
     ok, takes = total == no or 0 < total == sum(stages), "a number above 0, the sum of all stages' steps"
     require(ok, "total_timesteps", total, f"{takes} ({sum(stages)}; resuming, that or more)")
     args = replace(new, stage_timesteps=stages, total_timesteps=sum(stages))
-    for k, stored in asdict(base).items() if args.resume else ():
+    for k, stored in asdict(replace(base, distributed=new.distributed)).items() if args.resume else ():
         ok = getattr(args, k) == stored or k.startswith(("track", "wandb", "checkpoint", "total", "resume"))
         ok |= "stage" in k and stages[: len(old) - 1] == old[:-1] and stages[len(old) - 1 :] >= old[-1:]
         require(ok, k, getattr(args, k), f"the resumed run's, {stored} (a budget may be longer)")
     return args
-
 # --- shared: run directory, main ---
 def make_run_dir(args: "Args") -> Path:
     """Creates runs/<env-id>__<exp-name>__<seed>__<unix time>/, exclusively (on collision -2, -3, ...)."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    now = hosts.broadcast_one_to_all(np.uint32(time.time()))
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
     for n in count(1):
         run_dir = Path(args.runs_dir) / (name if n == 1 else f"{name}-{n}")
         try:
-            (run_dir / "checkpoints").mkdir(parents=True)
+            _ = jax.process_index() or (run_dir / "checkpoints").mkdir(parents=True)  # by the first only
             return run_dir
         except OSError as error:
             require(run_dir.exists(), "runs_dir", f"{args.runs_dir}, {error.strerror}", "a writable folder")
+def write_file(path: Path, write: Any) -> None:
+    """A file by write(file), aside, then renamed, by the first process only."""
+    if jax.process_index() == 0:
+        with (aside := path.with_name("unfinished.tmp")).open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
 def write_args(args: "Args", run_dir: Path) -> None:
     """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
     failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
@@ -556,8 +552,8 @@ def write_args(args: "Args", run_dir: Path) -> None:
     versions = {name: metadata.version(name) for name in packages} | {"python": sys.version.split()[0]}
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit, "device": device}
-    (aside := run_dir / "args.tmp").write_text(json.dumps(asdict(args) | {"versions": versions}, indent=1))
-    aside.replace(run_dir / "args.json")
+    text = json.dumps(asdict(args) | {"versions": versions}, indent=1)
+    write_file(run_dir / "args.json", lambda file: file.write(text.encode()))
 def load_args(run_dir: str) -> "Args | None":
     """The arguments of a run of this script; None if it is none."""
     with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
@@ -568,7 +564,7 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
     """A row a seed to a CSV file, and reported; FloatingPointError if a loss or a gradient is not finite."""
     table = np.column_stack([np.broadcast_to(v, len(columns["seed"])) for v in columns.values()])
     formats = ["%d" if np.asarray(v).dtype.kind in "iu" else "%.7g" for v in columns.values()]
-    with (run_dir / f"{name}.csv").open("a") as file:
+    with (Path(os.devnull) if jax.process_index() else run_dir / f"{name}.csv").open("a") as file:
         np.savetxt(file, table, formats, ",", header="" if file.tell() else ",".join(columns), comments="")
     for row in (dict(zip(columns, numbers, strict=True)) for numbers in table.tolist()):
         report({k if k == "step" else f"{name}/{k}/seed_{row['seed']:.0f}": v for k, v in row.items()})
@@ -576,13 +572,9 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
             at = [f"{k} {row[k]:.0f}" for k in ("seed", "iteration", "stage", "epoch") if k in row]
             raise FloatingPointError(f"{', '.join(at)}: {', '.join(bad)} not finite")
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
-    """An .npz file of the tree's leaves by name, written aside, then renamed: checksums, and no pickle."""
-    arrays = {jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in jax.tree.leaves_with_path(tree)}
-    with (aside := path.with_name("unfinished.tmp")).open("wb") as file:
-        np.savez(file, meta=json.dumps(meta), **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """An .npz file of the tree's leaves by name: checksums, and no pickle."""
+    leaves = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree.leaves_with_path(tree)}
+    write_file(path, partial(np.savez, meta=json.dumps(meta), **hosts.process_allgather(leaves, tiled=True)))
 def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """The tree `like`, of shapes and types, from a file, and the file's meta; ValueError if they differ."""
     def load(name: tuple, leaf: Any) -> np.ndarray:
@@ -599,7 +591,7 @@ def save_state(run_dir: Path, name: str, state: Any, **meta: Any) -> None:
     meta["without"] = [name for name, part in vars(state).items() if part is None]
     save_arrays(run_dir / "checkpoints" / f"state_{name}.npz", state, **meta)
     for old in sorted(run_dir.glob("checkpoints/state_*.npz"))[:-2]:
-        old.unlink()
+        old.unlink(missing_ok=True)
 def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, Any]]:
     """State and meta of the newest good checkpoint, if there is one; CSV files lose what came after."""
     sizes = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
@@ -614,19 +606,18 @@ def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, An
     else:  # a run's first checkpoint is older than the first row of train.csv
         require(not files and "train.csv" not in sizes, "resume", run_dir, "a run with a good checkpoint")
         i, state, meta = 0, None, {"bytes": {}}
-    for bad in files[:i]:
+    for bad in () if jax.process_index() else files[:i]:
         bad.replace(bad.with_suffix(".bad"))  # or it might be taken later, beside other rows than its own
-    for name in sizes:
+    for name in () if jax.process_index() else sizes:
         os.truncate(run_dir / name, meta["bytes"].get(name, 0))
     return state, meta
-
 def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
     """A thread's work: rows to Weights & Biases until None comes, offline once that fails; nobody waits."""
     os.environ.setdefault("WANDB_SILENT", "true")  # it would ask for a login
     row, about = rows.get(), {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
     caps = {"init_timeout": 20, "finish_timeout": 20, "x_transaction_log_flush_interval": 1, "console": "off"}
     about |= {"id": run_dir.name, "name": run_dir.name, "config": asdict(args), "settings": caps}
-    for mode in (None, "offline") if row else ():  # None: as WANDB_MODE says
+    for mode in (None, "offline") if row and jax.process_index() == 0 else ():  # None: as WANDB_MODE says
         try:
             import wandb
             wandb.init(resume="allow", mode=mode, **about).define_metric("*", step_metric="step")
@@ -660,6 +651,15 @@ def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) 
 
 def main() -> int:
     args, caught, rows = parse_args(), [], SimpleQueue()
+    if args.distributed is not None:  # before devices are used; the first process alone writes and prints
+        limits = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 40}
+        try:
+            jax.distributed.initialize(*args.distributed[:1], *map(int, args.distributed[1:]), **limits)
+        except Exception as error:
+            takes = "none in a job of Slurm, Open MPI or Kubernetes, or HOST:PORT NUMBER ID (HOST's is 0)"
+            require(False, "distributed", f"{' '.join(args.distributed)} ({error!r})", takes)
+        os.dup2(os.open(os.devnull, os.O_WRONLY) if jax.process_index() else 1, 1)
+    many, args = " --distributed" * (args.distributed is not None), replace(args, distributed=None)
     check(args)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "jax"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
@@ -675,13 +675,13 @@ def main() -> int:
     print(f"{args.env_id}, {n} seed(s) from {args.seed}, {args.total_timesteps:,} steps, {device}; {run_dir}")
     if jax.default_backend() == "cpu" and args.preset != "cpu":
         print(f"On a CPU: {args.total_timesteps * n / 1.8e7:.0f} hours at 5000 steps/s. See --preset cpu.")
-    resume = f"go on with: {sys.executable} {sys.argv[0]} --resume {run_dir}"
-    def work() -> int:
+    resume = f"go on with: {sys.executable} {sys.argv[0]} --resume {run_dir}{many}"
+    def work() -> int:  # it reports errors itself, as they may hold locks
         try:
             end = train(args, run_dir, caught, rows.put if args.track else bool)
             print(f"finished: {run_dir}" if end else f"stopped by {signal.Signals(caught[0]).name}; {resume}")
             return 0 if end else 128 + caught[0]
-        except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:  # here: it may hold locks
+        except (OSError, FloatingPointError, AssertionError, jax.errors.JaxRuntimeError) as error:
             newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
             print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
             return 1

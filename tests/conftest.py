@@ -1,6 +1,10 @@
 """Shared fixtures: a compilation cache for this process and its children, environments that compile fast."""
 
 import os
+import socket
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,3 +129,29 @@ def trained(agent, key):
         return agent
     net = randomize(agent.decoder["net"], keys[3], 0.1)
     return agent.replace(decoder={"net": net, "stats": stats._replace(mean=mean + 0.5)})
+
+
+def processes(count, *command, flag=(), each=((),) * 4):
+    """Python `count` times, each told where the first is, their number and its own; see `ended`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address, started = f"localhost:{free.getsockname()[1]}", []
+    for i in range(count):
+        files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+        line = [sys.executable, *map(str, command), *each[i], *flag, address, str(count), str(i)]
+        started.append(subprocess.Popen(line, stdout=files[0], stderr=files[1]))
+        started[-1].files = files
+    return started
+
+
+def ended(process, timeout=300):
+    """Exit status, standard output and errors of a process that is awaited."""
+    try:
+        process.wait(timeout)
+    finally:
+        process.kill()
+        for file in process.files:
+            file.seek(0)
+        out, err = (file.read() for file in process.files)
+        print(out[-2000:], err[-4000:])  # pytest shows it if the test fails
+    return process.returncode, out, err

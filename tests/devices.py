@@ -1,7 +1,9 @@
 """What seeds compute, for test_devices.py, on as many devices as XLA_FLAGS gives this process.
 
 python tests/devices.py out.npz: rollouts and gradients of all scripts on a point mass, physics of CheetahRun,
-and how often a whole run compiles its programs; arrays by `script/number of seeds/seed/what`.
+and how often a whole run compiles its programs; arrays by `script/number of seeds/seed/what`. For
+several processes, python tests/devices.py out.npz HOST:PORT NUMBER ID: of GoRL(FM), one seed on
+two and two seeds on four, and physics on two.
 """
 
 import sys
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils as hosts
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -62,9 +65,10 @@ def one_unroll_and_gradient(script: Any, args: Any, env: Any, key: jax.Array) ->
     return out
 
 
-def arrays(prefix: str, tree: Any) -> dict[str, np.ndarray]:
-    leaves = jax.tree.leaves_with_path(tree)
-    return {prefix + jax.tree_util.keystr(name): np.asarray(leaf) for name, leaf in leaves}
+def gathered(tree: Any) -> dict[str, np.ndarray]:
+    """All seeds' arrays by name; of the leaves, since MJX's data of NumPy arrays have fewer."""
+    leaves = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree.leaves_with_path(tree)}
+    return hosts.process_allgather(leaves, tiled=True)
 
 
 def of_seeds(script: Any, args: Any, env: Any, f: Any, first: int, num_seeds: int) -> dict[str, np.ndarray]:
@@ -75,12 +79,13 @@ def of_seeds(script: Any, args: Any, env: Any, f: Any, first: int, num_seeds: in
         keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(first, first + num_seeds))
         out = script.each_seed(args, partial(f, script, args, env), (0,), None)(keys)
     obs = out["envs"].obs
-    assert len({str(shard.index) for shard in obs.addressable_shards}) == jax.device_count(), obs.sharding
-    found: dict[str, np.ndarray] = {}
-    for i in range(num_seeds):
-        prefix = f"{script.__name__}/{num_seeds}/{first + i}/"
-        found |= arrays(prefix, jax.tree.map(lambda x, i=i: x[i], out))
-    return found
+    places = obs.sharding.devices_indices_map(obs.shape).values()
+    assert len({str(index) for index in places}) == jax.device_count(), obs.sharding
+    return {
+        f"{script.__name__}/{num_seeds}/{first + i}/{name}": array[i]
+        for name, array in gathered(out).items()
+        for i in range(num_seeds)
+    }
 
 
 def physics(script: Any, args: Any, env: Any, key: jax.Array) -> dict[str, Any]:
@@ -109,21 +114,28 @@ def compilations(script: Any, num_seeds: int) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
+    out, *where = sys.argv[1:]
     found: dict[str, np.ndarray] = {}
+    if where:
+        jax.distributed.initialize(where[0], int(where[1]), int(where[2]))
     jax.config.update("jax_default_matmul_precision", "highest")
     cheetah = replace(ppo_gaussian.Args(), env_id="CheetahRun", **SIZES)
-    env = ppo_gaussian.make_env(cheetah)
-    for script in SCRIPTS:
+    env = ppo_gaussian.make_env(cheetah)  # before it is another's
+    several = [(2, 1), (1, 4 if jax.device_count() == 1 else 2)]  # the first seed and their number
+    for script in [gorl_fm_ppo] if where else SCRIPTS:
         coefficients = {"kl_coef": 0.0, "clip_eps": 0.2} if hasattr(script, "stage_ends") else {}
         args = make_args(script, **coefficients)
-        for first, num_seeds in ((2, 1), (1, 4 if jax.device_count() == 1 else 2)):
+        for first, num_seeds in several[jax.process_count() == 4 : 1 if jax.process_count() == 2 else 2]:
             found |= of_seeds(script, args, PointMass(), one_unroll_and_gradient, first, num_seeds)
-    if jax.device_count() == 4:  # two rows of two devices, three seeds each
+    if jax.process_count() < 4:
+        found |= {f"real/{k}": v for k, v in of_seeds(ppo_gaussian, cheetah, env, physics, 2, 1).items()}
+    if jax.local_device_count() == 4:  # two rows of two devices, three seeds each
         args = make_args(gorl_fm_ppo, kl_coef=0.0, clip_eps=0.2)
         found |= of_seeds(gorl_fm_ppo, args, PointMass(), one_unroll_and_gradient, 1, 6)
-    found |= compilations(gorl_fm_ppo, 1) | compilations(gorl_fm_ppo, 2)
-    found |= {f"real/{k}": v for k, v in of_seeds(ppo_gaussian, cheetah, env, physics, 2, 1).items()}
-    np.savez(sys.argv[1], **found)
+    if not where:
+        found |= compilations(gorl_fm_ppo, 1) | compilations(gorl_fm_ppo, 2)
+    if jax.process_index() == 0:
+        np.savez(out, **found)
 
 
 if __name__ == "__main__":

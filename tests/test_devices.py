@@ -1,4 +1,4 @@
-"""A seed's numbers do not depend on how many seeds or devices there are, on one and four of them."""
+"""A seed's numbers do not depend on how many seeds, devices or processes there are."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import SCRIPTS, name_of
+from conftest import SCRIPTS, ended, name_of, processes
 
 import gorl_fm_ppo
 
@@ -40,6 +40,19 @@ def computed(tmp_path_factory):
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip((1, 4), pool.map(on, (1, 4)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def by_processes(tmp_path_factory):
+    """The same of GoRL(FM) by 2 and by 4 processes, which have a device each."""
+    found = {}
+    for count in (2, 4):
+        file = tmp_path_factory.mktemp("processes") / "out.npz"
+        started = processes(count, HERE / "devices.py", file)
+        assert [ended(process)[0] for process in started] == [0] * count
+        with np.load(file) as arrays:
+            found[count] = dict(arrays)
+    return found
 
 
 def of(arrays, prefix):
@@ -72,10 +85,21 @@ def test_three_seeds_on_two_devices_each(computed):
     compare(of(computed[4], "gorl_fm_ppo/6/2/"), of(computed[1], "gorl_fm_ppo/1/2/"))
 
 
+@pytest.mark.parametrize(("count", "seeds"), [(2, 1), (4, 2)])
+def test_a_seed_is_the_same_in_several_processes(computed, by_processes, count, seeds):
+    """Otherwise a run over several hosts is another experiment."""
+    compare(of(by_processes[count], f"gorl_fm_ppo/{seeds}/2/"), of(computed[1], "gorl_fm_ppo/1/2/"))
+
+
 def test_seeds_differ(computed):
     """Otherwise the comparison above is one of constants, and several seeds are one."""
     one, two = (of(computed[1], f"ppo_gaussian/4/{seed}/") for seed in (1, 2))
     assert any(np.abs(one[k] - two[k]).max() > 0.1 for k in one if "first" in k)
+
+
+def test_physics_in_two_processes(computed, by_processes):
+    """Otherwise MuJoCo's model, which it puts on the first device of all, is out of the others' reach."""
+    compare_physics(by_processes[2], computed)
 
 
 def test_physics_on_four_devices(computed):
@@ -83,7 +107,11 @@ def test_physics_on_four_devices(computed):
 
     Accelerations at rest, where 200 steps of CheetahRun's reset lead, are differences of larger forces.
     """
-    want, got = (of(computed[count], "real/ppo_gaussian/1/2/") for count in (1, 4))
+    compare_physics(computed[4], computed)
+
+
+def compare_physics(got, computed):
+    want, got = (of(arrays, "real/ppo_gaussian/1/2/") for arrays in (computed[1], got))
     names = [k for k in want if k.endswith((".qpos", ".qvel", ".obs", "['obs']", "['reward']"))]
     assert len(names) >= 5 and set(got) == set(want), names
     compare({k: got[k] for k in names}, {k: want[k] for k in names})

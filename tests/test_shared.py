@@ -5,7 +5,6 @@ import difflib
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -117,15 +116,6 @@ def test_common_arguments(script):
     gorl = {"exp_name", "clip_eps", "max_grad_norm"}
     generative = {"exp_name", "clip_eps", "learning_rate", "ent_coef"}
     assert differs == (set() if script is ppo_gaussian else gorl if script in GORL else generative)
-
-
-def test_pins_are_the_same(script):
-    """Otherwise `uv run` and `pip install -r` give different versions."""
-    block = re.search(r"# /// script\n(.*?)# ///", text(script), re.DOTALL)[1]
-    inline = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))["dependencies"]
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    training = [line for line in lines[: lines.index("# plotting")] if line and not line.startswith("#")]
-    assert inline == training
 
 
 @pytest.mark.parametrize("command", ["check", "format --check"])
