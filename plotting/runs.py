@@ -35,6 +35,7 @@ INCIDENTAL = {
     "eval_every",
     "eval_envs",
     "resume",
+    "distributed",
 }
 INCIDENTAL |= {"runs_dir", "track", "wandb_project_name", "wandb_entity"}
 

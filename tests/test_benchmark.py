@@ -261,3 +261,37 @@ if __name__ == "__main__":
         with Path(os.environ["TOY_CACHES"]).open("a") as file:
             file.write(f"{len(list(folder.glob('*')))} ")
     throughput.main()
+
+
+def scaling(*arguments):
+    """benchmark/scaling.py with a point mass in Playground's place."""
+    environment = os.environ | {"PYTHONPATH": str(TESTS / "fake_playground")}
+    line = [sys.executable, ROOT / "benchmark/scaling.py", "--script", "ppo_gaussian", *arguments]
+    return subprocess.run([*map(str, line)], env=environment, capture_output=True, text=True)
+
+
+def test_scaling(tmp_path):
+    """Otherwise a ratio in the README is of other runs than it says."""
+    out, sizes = tmp_path / "out.json", [*SIZES, "--eval-every", "80", "--total-timesteps", "120"]
+    done = scaling("--processes", "1", "2", "--rounds", "1", "--cores", "1", "--out", out, "--", *sizes)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert [run["processes"] for run in result["runs"]] == [1, 2]
+    sps = [run["sps"] for run in result["runs"]]
+    assert positive(result["runs"]) and result["scaling"]["2"]["over_first"] == pytest.approx(sps[1] / sps[0])
+    assert "--processes 1 2" in result["command"] and "2 process(es)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--processes", "0"], 2, "--processes"),
+        (["--script", "nothing"], 2, "--script: got nothing"),
+        (["--processes", "1", "--", *SIZES, "--total-timesteps", "40"], 1, "two iterations"),
+        (["--processes", "2", "--", *SIZES, "--num-envs", "3"], 1, "--num-envs: got 3"),
+    ],
+)
+def test_scaling_refuses(arguments, status, message):
+    """Otherwise a mistake costs the time of a run, or a traceback says nothing."""
+    done = scaling(*arguments)
+    assert done.returncode == status and message in done.stderr, done.stderr

@@ -47,6 +47,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
     playground = sys.modules["mujoco_playground"] = ModuleType("mujoco_playground")  # takes seconds to import
     playground.MjxEnv, playground.dm_control_suite = PointMass, ModuleType("dm_control_suite")
+    sys.modules["mujoco"] = ModuleType("mujoco")
+    sys.modules["mujoco"].mjx = None
     playground.dm_control_suite.ALL_ENVS = ["HopperHop", "HopperStand"]
     script = importlib.import_module(sys.argv[1])
     script.make_env = lambda args: PointMass()

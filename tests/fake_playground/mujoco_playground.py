@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import mujoco
+
 sys.path.append(str(Path(__file__).parent.parent))
 from toy import PointMass
 
@@ -13,7 +15,7 @@ MjxEnv = PointMass
 class Env(PointMass):
     """What `make_env` also touches."""
 
-    _mjx_model = ()
+    _mjx_model, mj_model = (), mujoco.MjModel.from_xml_string("<mujoco/>")
 
 
 TASKS = ("CheetahRun", "FingerSpin", "FingerTurnHard", "FishSwim", "HopperStand", "WalkerWalk")
