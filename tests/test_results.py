@@ -7,9 +7,11 @@ import subprocess
 from collections import defaultdict
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import gorl_fm_ppo
 from plotting import reproduction
 from plotting.paper import METHODS, TABLE_1, TASKS
 
@@ -232,6 +234,21 @@ def test_table_of_warm_starts():
             check(cell, [np.quantile(ratio, quantile)])
 
 
+RECENT = ("pairs", "return after / before each refinement, seed 1", "seed 2", "last return, seeds 1 and 2")
+
+
+def test_table_of_recent_pairs():
+    """Otherwise an advice on the decoder's data rests on numbers that no run has had."""
+    folders = ["cheetah_run_ablations/beta_1e-3", "cheetah_run_recent_pairs/gorl_fm_ppo"]
+    for (pairs, *cells), folder in zip(tables(PAGE)[RECENT], folders, strict=True):
+        refinements = [*csv.DictReader((RESULTS / folder / "refine.csv").read_text().splitlines())]
+        check(pairs, [round(float(refinements[0]["pairs"]), -4)])
+        for cell, seed in zip(cells[:2], "12", strict=True):
+            rows = [row for row in refinements if row["seed"] == seed]
+            check(cell, [float(row["return_after"]) / float(row["return_before"]) for row in rows])
+        check(cells[2], at(RESULTS / folder))
+
+
 DISCOUNTS = ("method", "discount", "last return, seeds 1 and 2", "mean over evaluations", "best evaluation")
 
 
@@ -331,6 +348,45 @@ def test_table_of_jax_versions():
             check(cell, [np.median([r["sps"] for r in runs if r["env_id"] == env_id])])
 
 
+SCALING = ("processes", "four seeds: steps/s, over one process", "one seed: steps/s, over one process")
+
+
+def test_table_of_scaling():
+    """Otherwise users plan with a cluster that was not measured."""
+    sheets = [sheet("cpu_scaling_four_seeds"), sheet("cpu_scaling_one_seed")]
+    for count, *cells in tables(README)[SCALING]:
+        for cell, data in zip(cells, sheets, strict=True):
+            check(cell, [data["scaling"][count]["sps"], data["scaling"][count]["over_first"]])
+    assert len(tables(README)[SCALING]) == 3
+    one, two = (15_360 / sheets[1]["scaling"][n]["sps"] / 128 for n in "12")  # seconds a minibatch
+    check(re.search(r"([\d.]+) ms more a minibatch", README.read_text())[1], [1000 * (two - one)])
+
+
+EXCHANGED = ("one seed exchanges", "bytes")
+
+
+def test_table_of_what_is_exchanged():
+    """Otherwise the page on clusters reckons with other networks than are trained."""
+    args = gorl_fm_ppo.Args()
+    obs, action = 15, 4  # HopperStand
+    agent = jax.eval_shape(lambda: gorl_fm_ppo.init_agent(args, obs, action, jax.random.PRNGKey(0)))
+    sizes = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in agent.params.items()}
+    decoder = sum(x.size for x in jax.tree.leaves(agent.decoder["net"]))
+    minibatches = args.num_minibatches * args.update_epochs
+    unrolls = args.batch_size * args.num_minibatches
+    weights, steps = sum(sizes.values()), unrolls * args.unroll_length
+    rows = tables(README)[EXCHANGED]
+    check(rows[0][0].replace("float32", ""), [sizes["critic"], sizes["encoder"]])
+    check(rows[0][1], [4 * weights / 1e6])
+    check(rows[1][0], [steps, minibatches])
+    check(rows[1][1], [4 * weights * minibatches / 1e6])
+    pair = 4 * (obs + 2 * action + 2) + 1  # obs, u, latent, log_prob, reward; truncated
+    check(rows[2][1], [(pair * steps + 4 * obs * unrolls) / 1e6])
+    epochs = args.decoder_epochs * (args.decoder_buffer_size // args.decoder_batch_size)
+    check(rows[3][0], [decoder, args.decoder_batch_size, epochs])
+    check(rows[3][1], [4 * decoder / 1e3])
+
+
 # --- the scripts ---
 
 
@@ -357,6 +413,7 @@ def test_no_table_is_forgotten():
     checked = {RETURNS, RUNS, ("", "CheetahRun", "HopperStand"), ("", "ours", "theirs", "ratio")}
     checked |= {("", "1 seed: state + temporaries", "5 seeds")}
     checked |= {("script", "method", "lines", "lines that `diff ppo_gaussian.py` changes")}
+    checked |= {SCALING, EXCHANGED}
     words = {("file", "a row for each seed and …"), ("command", "what it draws", "what it needs")}
     versions = {header for header in tables(README) if "JAX 0.10.2" in "".join(header)}
     assert set(tables(README)) == checked | words | versions
@@ -368,4 +425,5 @@ def test_no_table_is_forgotten():
         WARM,
         STAGES,
         DISCOUNTS,
+        RECENT,
     }
