@@ -145,9 +145,8 @@ def make_env(args: "Args") -> MjxEnv:
     config.impl = args.impl  # Playground 0.2 itself defaults to warp
     if args.impl == "warp":  # its contact buffer serves all worlds, and Playground's is for 2048
         config.naconmax *= -(-max(args.num_envs, args.eval_envs) * args.num_seeds // 2048)
-    env, here = dm_control_suite.load(args.env_id, config=config), jax.local_devices()[0]
-    # Its own model is tied to the first of all devices, which may be another process's; this one, to none.
-    env._mjx_model = jax.tree.map(jnp.array, jax.device_get(mjx.put_model(env.mj_model, here, args.impl)))
+    env, here = dm_control_suite.load(args.env_id, config=config), jax.local_devices()[0]  # this process's
+    env._mjx_model = jax.device_put(jax.device_get(mjx.put_model(env.mj_model, here, args.impl)))  # untied
     env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # traced once for training and evaluation
     return env
 def each_env(f: Any) -> Any:
@@ -686,9 +685,10 @@ def main() -> int:
             end = train(args, run_dir, caught, rows.put if args.track else bool)
             print(f"finished: {run_dir}" if end else f"stopped by {signal.Signals(caught[0]).name}; {resume}")
             return 0 if end else 128 + caught[0]
-        except (OSError, FloatingPointError, AssertionError, jax.errors.JaxRuntimeError) as error:
+        except (OSError, FloatingPointError, AssertionError, ValueError, jax.errors.JaxRuntimeError) as error:
             newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
             print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
+            _ = isinstance(error, (AssertionError, ValueError)) and sys.excepthook(*sys.exc_info())  # maybe a bug
             return 1
         finally:
             rows.put(None)

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from conftest import ended
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.parent / "benchmark/table_1.py"
@@ -24,14 +26,16 @@ TWO = "--tasks FishSwim --methods ppo_gaussian gorl_fm_ppo --num-seeds 2".split(
 def start(cwd, *arguments, tiny=TINY):
     """table_1.py in a folder, with the point mass in Playground's place."""
     environment = os.environ | {"PYTHONPATH": str(HERE / "fake_playground")}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - a pipe that nobody reads fills up
     command = [sys.executable, str(SCRIPT), *map(str, arguments), "--", *map(str, tiny)]
-    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+    process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=files[0], stderr=files[1])
+    process.files = files
+    return process
 
 
 def run(cwd, *arguments, **how):
     process = start(cwd, *arguments, **how)
-    process.out, process.err = process.communicate(timeout=300)
+    _, process.out, process.err = ended(process)
     return process
 
 
@@ -62,7 +66,7 @@ def test_cells_are_stopped_gone_on_with_and_skipped(tmp_path):
     while process.poll() is None and not list(folder.glob("*/train.csv")):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    _, out, err = ended(process, 120)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "stopped by SIGTERM" in out and not (folder.parent / "gorl_fm_ppo").exists()
     done = run(tmp_path, *TWO)
@@ -84,7 +88,7 @@ def test_a_signal_while_a_script_is_starting(tmp_path):
         time.sleep(0.01)
     time.sleep(0.3)  # it imports JAX
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    *_, err = ended(process, 60)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert not list(folder.glob("*/args.json")) and not (folder.parent / "gorl_fm_ppo").exists()
 
