@@ -49,7 +49,7 @@ class Args:
     """FPO on MuJoCo Playground's DM Control suite."""
     env_id: str = "HopperStand"  # a task of MuJoCo Playground's DM Control suite
     seed: int = 1  # the first seed
-    num_seeds: int = 1  # seeds seed .. seed + num_seeds - 1 train together in this process
+    num_seeds: int = 1  # seeds seed .. seed + num_seeds - 1 train together
     preset: Literal["paper", "cpu"] = "paper"  # cpu: CheetahRun, in minutes on 2 cores
     total_timesteps: int = 180_000_000  # environment steps of a seed
     num_envs: int = 2048  # parallel environments of a seed
@@ -73,7 +73,7 @@ class Args:
     eval_every: int = 6_000_000  # environment steps between evaluations
     eval_envs: int = 128  # episodes an evaluation
     impl: Literal["jax", "warp"] = "jax"  # physics backend; the paper's is jax
-    distributed: tuple[str, ...] | None = None  # many processes do one run: a job's, or HOST:PORT NUMBER ID
+    distributed: tuple[str, ...] | None = None  # one run by a job's processes (bare), or HOST:PORT NUMBER ID
     runs_dir: str = "runs"  # where run directories are made
     exp_name: str = Path(__file__).stem  # part of the run directory's name
     resume: str | None = None  # a run directory to continue; its arguments are taken over
@@ -361,6 +361,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     returns = each_seed(args, partial(evaluate, args, env), (0, 0, None, None), P())
     run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
     state, meta = restore(run_dir, jax.eval_shape(fresh, 0), run)
+    hosts.assert_equal(hash(tuple(f"{args}{meta}".encode())) % 2**31, "arguments or checkpoints differ")
     done = meta.get("done", 0)  # iterations
     start, saved_at, exact = time.time() - meta.get("wall_time", 0.0), time.time(), args.checkpoint_env_state
     row = partial(log, run_dir, report, seed=seeds)  # to a CSV file, and as a dict to `report`
@@ -371,11 +372,10 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
     if state.envs is None:
         bar.write("The checkpoint has no environments: fresh episodes from here on.")
         state = state.replace(envs=fresh(10**6 + done).envs)
-    hosts.assert_equal(hash(tuple(f"{args}{meta}".encode())) % 2**31, "arguments or checkpoints differ")
     write_args(args, run_dir)
     while True:
         step, mine = done * size, [sum(caught[:1]), time.time() - saved_at > 60 * args.checkpoint_minutes]
-        stopping, late = hosts.process_allgather(np.array(mine)).max(0).tolist()  # all do the same
+        stopping, late = hosts.process_allgather(np.array(mine)).max(0).tolist()  # all agree
         caught += [stopping] * (stopping > 0 and not caught)
         if evaluating:
             r = np.asarray(returns(state.agent, seed_keys, 2 * done, True))
@@ -387,7 +387,7 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
             saved_at, parts = time.time(), state.replace(envs=state.envs if exact else None)
             save_state(run_dir, f"{step:012}", parts, run=run, done=done, wall_time=saved_at - start)
         if stopping or done == end:
-            break
+            return hosts.sync_global_devices("saved") or done == end
         began, (state, metrics) = time.time(), iterate(state, seed_keys, done)
         metrics, done = jax.device_get(metrics), done + 1
         clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
@@ -396,7 +396,6 @@ def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
         if done == end or done * size // 60_000_000 > step // 60_000_000:
             save_arrays(run_dir / "checkpoints" / f"policy_{done * size}.npz", state.agent.policy())
         evaluating = done == end or done * size // args.eval_every > step // args.eval_every
-    return done == end
 
 def iterations(args: Args) -> int:
     """The total, rounded to iterations."""
@@ -425,13 +424,13 @@ def parse_args() -> Args:
 # --- shared: run directory, main ---
 def make_run_dir(args: "Args") -> Path:
     """Creates runs/<env-id>__<exp-name>__<seed>__<unix time>/, exclusively (on collision -2, -3, ...)."""
-    now = hosts.broadcast_one_to_all(np.uint32(time.time()))
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     for n in count(1):
         run_dir = Path(args.runs_dir) / (name if n == 1 else f"{name}-{n}")
         try:
             _ = jax.process_index() or (run_dir / "checkpoints").mkdir(parents=True)  # by the first only
-            return run_dir
+            made = hosts.broadcast_one_to_all(np.frombuffer(bytes(run_dir).ljust(4096), np.uint8))
+            return Path(os.fsdecode(bytes(made)).rstrip())
         except OSError as error:
             require(run_dir.exists(), "runs_dir", f"{args.runs_dir}, {error.strerror}", "a writable folder")
 def write_file(path: Path, write: Any) -> None:
@@ -469,7 +468,7 @@ def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
             at = [f"{k} {row[k]:.0f}" for k in ("seed", "iteration", "stage", "epoch") if k in row]
             raise FloatingPointError(f"{', '.join(at)}: {', '.join(bad)} not finite")
 def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
-    """An .npz file of the tree's leaves by name: checksums, and no pickle."""
+    """An .npz file of the tree's leaves by name (checksums, no pickle); by all processes, as it gathers."""
     leaves = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree.leaves_with_path(tree)}
     write_file(path, partial(np.savez, meta=json.dumps(meta), **hosts.process_allgather(leaves, tiled=True)))
 def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -487,8 +486,8 @@ def save_state(run_dir: Path, name: str, state: Any, **meta: Any) -> None:
     meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
     meta["without"] = [name for name, part in vars(state).items() if part is None]
     save_arrays(run_dir / "checkpoints" / f"state_{name}.npz", state, **meta)
-    for old in sorted(run_dir.glob("checkpoints/state_*.npz"))[:-2]:
-        old.unlink(missing_ok=True)
+    for old in () if jax.process_index() else sorted(run_dir.glob("checkpoints/state_*.npz"))[:-2]:
+        old.unlink()
 def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, Any]]:
     """State and meta of the newest good checkpoint, if there is one; CSV files lose what came after."""
     sizes = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
@@ -514,7 +513,7 @@ def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
     row, about = rows.get(), {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
     caps = {"init_timeout": 20, "finish_timeout": 20, "x_transaction_log_flush_interval": 1, "console": "off"}
     about |= {"id": run_dir.name, "name": run_dir.name, "config": asdict(args), "settings": caps}
-    for mode in (None, "offline") if row and jax.process_index() == 0 else ():  # None: as WANDB_MODE says
+    for mode in (None, "offline") if row else ():  # None: as WANDB_MODE says
         try:
             import wandb
             wandb.init(resume="allow", mode=mode, **about).define_metric("*", step_metric="step")
@@ -549,15 +548,15 @@ def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) 
 def main() -> int:
     args, caught, rows = parse_args(), [], SimpleQueue()
     if args.distributed is not None:  # before devices are used; the first process alone writes and prints
-        limits = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 40}
+        limits = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 55}
         try:
             jax.distributed.initialize(*args.distributed[:1], *map(int, args.distributed[1:]), **limits)
         except Exception as error:
             takes = "none in a job of Slurm, Open MPI or Kubernetes, or HOST:PORT NUMBER ID (HOST's is 0)"
             require(False, "distributed", f"{' '.join(args.distributed)} ({error!r})", takes)
         os.dup2(os.open(os.devnull, os.O_WRONLY) if jax.process_index() else 1, 1)
-    many, args = " --distributed" * (args.distributed is not None), replace(args, distributed=None)
-    check(args)
+    many = "" if args.distributed is None else " ".join(["", "--distributed", *args.distributed])
+    check(args := replace(args, distributed=None))  # where a run runs is not a property of it
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "jax"
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
     jax.config.update("jax_default_matmul_precision", "highest")  # for physics; GPUs default to less
@@ -575,13 +574,13 @@ def main() -> int:
     resume = f"go on with: {sys.executable} {sys.argv[0]} --resume {run_dir}{many}"
     def work() -> int:  # it reports errors itself, as they may hold locks
         try:
-            end = train(args, run_dir, caught, rows.put if args.track else bool)
+            end = train(args, run_dir, caught, rows.put if args.track and not jax.process_index() else bool)
             print(f"finished: {run_dir}" if end else f"stopped by {signal.Signals(caught[0]).name}; {resume}")
             return 0 if end else 128 + caught[0]
         except (OSError, FloatingPointError, AssertionError, ValueError, jax.errors.JaxRuntimeError) as error:
             newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
             print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
-            _ = isinstance(error, (AssertionError, ValueError)) and sys.excepthook(*sys.exc_info())  # maybe a bug
+            _ = isinstance(error, (AssertionError, ValueError)) and sys.excepthook(*sys.exc_info())  # a bug?
             return 1
         finally:
             rows.put(None)

@@ -120,7 +120,7 @@ def main() -> None:
         jax.distributed.initialize(where[0], int(where[1]), int(where[2]))
     jax.config.update("jax_default_matmul_precision", "highest")
     cheetah = replace(ppo_gaussian.Args(), env_id="CheetahRun", **SIZES)
-    env = ppo_gaussian.make_env(cheetah)  # before it is another's
+    env = ppo_gaussian.make_env(cheetah)  # `of_seeds` puts other environments in its place
     several = [(2, 1), (1, 4 if jax.device_count() == 1 else 2)]  # the first seed and their number
     for script in [gorl_fm_ppo] if where else SCRIPTS:
         coefficients = {"kl_coef": 0.0, "clip_eps": 0.2} if hasattr(script, "stage_ends") else {}

@@ -47,7 +47,7 @@ def test_killed_with_two_processes_resumed_with_four_and_one(tmp_path):
     killed = time.time()
     status, out, err = ended(started[0])
     assert status != 0 and time.time() - killed < 60
-    assert f"--resume {run_dir} --distributed" in err and "state_" in err  # what to do, and from where
+    assert f"--resume {run_dir} --distributed localhost:" in err and "state_" in err  # what to do, and from where
     rows = len(table(run_dir, "train"))
     # Another number of processes, and a second stage soon.
     shorter = "--stage-timesteps", "8000", "80"
@@ -63,6 +63,16 @@ def test_killed_with_two_processes_resumed_with_four_and_one(tmp_path):
     assert len(table(run_dir, "train")) >= rows + 40
     for _, out, _ in results[1:]:  # JAX's CPU collectives announce themselves
         assert not [line for line in out.splitlines() if line and "Gloo" not in line]
+
+
+def test_a_first_process_that_dies(tmp_path):
+    """Otherwise the others wait for the one that coordinates them."""
+    started = start(2, *TINY, *STAGES, "--runs-dir", tmp_path)
+    training(tmp_path)
+    started[0].kill()
+    killed = time.time()
+    status, _, err = ended(started[1])
+    assert status != 0 and time.time() - killed < 60 and "another task died" in err
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -95,7 +105,7 @@ def test_a_first_process_that_cannot_write(tmp_path):
     (run_dir / "checkpoints").rename(run_dir / "gone")
     failed = time.time()
     results = [ended(process) for process in started]
-    assert all(status != 0 for status, *_ in results) and time.time() - failed < 75
+    assert all(status != 0 for status, *_ in results) and time.time() - failed < 70
     assert "No such file" in results[0][2] and "--resume" in results[0][2]
 
 
