@@ -47,7 +47,7 @@ def test_killed_with_two_processes_resumed_with_four_and_one(tmp_path):
     killed = time.time()
     status, out, err = ended(started[0])
     assert status != 0 and time.time() - killed < 60
-    assert f"--resume {run_dir} --distributed localhost:" in err and "state_" in err  # what to do, and from where
+    assert f"--resume {run_dir} --distributed localhost:" in err and "state_" in err
     rows = len(table(run_dir, "train"))
     # Another number of processes, and a second stage soon.
     shorter = "--stage-timesteps", "8000", "80"
