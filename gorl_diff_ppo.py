@@ -1,700 +1,869 @@
-"""GoRL(DIFF): PPO on a Gaussian latent policy, actions from a diffusion decoder, on MuJoCo Playground.
+"""GoRL(DIFF): PPO on a Gaussian latent policy; a diffusion decoder turns latents into actions.
 
-Zhang et al., "GoRL: An Algorithm-Agnostic Framework for Online Reinforcement Learning with Generative
-Policies" (2025); sections, equations and appendices cited below are the paper's. The method in five lines:
-  1. The encoder pi(latent | s), a diagonal Gaussian, is trained with PPO (Eq. 5) and a KL to N(0, I) (Eq. 3).
-  2. The decoder u = g(s, latent) makes actions tanh(u). It is frozen meanwhile; in stage 0, u = 0.88 latent.
-  3. After a stage, denoising (Eq. 17) trains it to map *fresh* N(0, I) noise to the latest rollouts' u.
-  4. The encoder restarts as exactly N(0, I), which by (3) acts about like the policy just trained.
-  5. Four stages of 60M, 60M, 30M and 30M environment steps. No likelihood of the decoder is ever needed.
+Zhang et al., "GoRL: An Algorithm-Agnostic Framework for Online Reinforcement Learning with
+Generative Policies" (2025). Sections, equations and appendices cited below are the paper's.
+
+1. The encoder pi(latent | s), a diagonal Gaussian, is trained with PPO (Eq. 5) and a KL to N(0, I).
+2. The decoder u = g(s, latent) is frozen meanwhile; the environment receives the action tanh(u).
+3. Then denoising (Eq. 17) trains it to map fresh noise from N(0, I) to the u of recent rollouts.
+4. The encoder restarts as exactly N(0, I), which through the new decoder acts about as before.
+5. Four stages of 60M, 60M, 30M and 30M steps. In the first, the decoder is u = 0.88 latent.
 
     python gorl_diff_ppo.py --env-id HopperStand --seed 1
-Axes: K seeds, N environments, U unrolls of an environment in an iteration, T steps, B = U * N, D denoisings.
+
+Shapes: K seeds, N environments, T steps in an unroll, B unrolls in an iteration.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import metadata, util
-from itertools import accumulate, count, pairwise
+from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+# XLA's alarms of slow compilation and of cached programs: nothing that a user could act on.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "gorl" / "jax"))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from flax import struct
-from jax import Array, P, lax
-from jax.experimental import multihost_utils as hosts
+from flax import linen as nn
+from flax.training.train_state import TrainState as Network  # parameters and Adam's state
+from jax import Array, P
 from jax.scipy.stats import norm
-from mujoco import mjx
-from mujoco_playground import MjxEnv, dm_control_suite
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 
 @dataclass(frozen=True)
 class Args:
-    """GoRL(DIFF): latent PPO with a diffusion decoder on MuJoCo Playground's DM Control suite."""
-    env_id: str = "HopperStand"  # a task of MuJoCo Playground's DM Control suite
+    # Run
+    env_id: str = "HopperStand"  # an environment of MuJoCo Playground
     seed: int = 1  # the first seed
-    num_seeds: int = 1  # seeds seed .. seed + num_seeds - 1 train together
-    preset: Literal["paper", "cpu"] = "paper"  # cpu: CheetahRun, all four stages in 10 minutes on 2 cores
-    stage_timesteps: tuple[int, ...] = ()  # environment steps of each stage; their sum is then the total
-    total_timesteps: int = 180_000_000  # environment steps of a seed, split 2 : 2 : 1 : 1 into stages
-    num_envs: int = 2048  # parallel environments of a seed
-    unroll_length: int = 30  # steps between two bootstraps of the return
-    batch_size: int = 1024  # unrolls a minibatch
-    num_minibatches: int = 32  # an iteration takes batch_size * num_minibatches * unroll_length steps
-    update_epochs: int = 16  # passes over the data of an iteration
-    learning_rate: float = 1e-3  # Adam's, for encoder and critic
-    gamma: float = 0.995  # discount
-    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    reward_scale: float = 10.0  # factor on the rewards that the critic sees
-    vf_coef: float = 0.25  # weight of the critic's mean squared error
-    ent_coef: float = 0.01  # weight of the latent policy's entropy
-    clip_eps: tuple[float, ...] = (0.15, 0.3)  # PPO's clip range, of each stage (the last repeats)
-    max_grad_norm: tuple[float, ...] = (0.0,)  # of all gradients jointly, likewise; 0 for none
-    kl_coef: tuple[float, ...] = (1e-3,)  # beta of Eq. 3, likewise
-    latent_penalty: Literal["kl", "l2"] = "kl"  # Eq. 3's KL, or App. E.4's L2 on mean and log-scale
-    reinit_critic: bool = False  # restart critic and observation statistics, too, at each stage
-    decoder_epochs: int = 50  # epochs of a decoder refinement
-    decoder_batch_size: int = 8192  # (observation, u) pairs a decoder minibatch
-    decoder_learning_rate: float = 3e-4  # Adam's, for the decoder
-    decoder_buffer_size: int = 10_000_000  # most recent pairs of a stage, to train the decoder on
-    decoder_steps: int = 10  # noise levels of the diffusion, and DDIM steps
-    decoder_from_scratch: bool = False  # train each decoder from fresh weights, not its predecessor's
-    decoder_from: str | None = None  # RUN_DIR:STAGE: one stage, on the decoder that this stage had (Figure 6)
-    episode_length: int = 1000  # control steps until an episode is cut off
-    eval_every: int = 6_000_000  # environment steps between evaluations (ends of stages are evaluated, too)
-    eval_envs: int = 128  # episodes an evaluation
-    impl: Literal["jax", "warp"] = "jax"  # physics backend; the paper's is jax
-    distributed: tuple[str, ...] | None = None  # one run by a job's processes (bare), or HOST:PORT NUMBER ID
+    num_seeds: int = 1  # seeds seed, seed + 1, ... train together, spread over the local devices
+    preset: Literal["paper", "cpu"] = "paper"  # cpu: CheetahRun, all four stages in minutes
+    total_timesteps: int = 180_000_000  # environment steps of a seed, 2 : 2 : 1 : 1 into stages
+    stage_timesteps: tuple[int, ...] = ()  # or the steps of each stage
+    eval_every: int = 6_000_000  # environment steps between evaluations
+    eval_envs: int = 128  # episodes of an evaluation
+    impl: Literal["jax", "warp"] = "jax"  # physics; the paper's is jax
     runs_dir: str = "runs"  # where run directories are made
     exp_name: str = Path(__file__).stem  # part of the run directory's name
-    resume: str | None = None  # a run directory to continue; its arguments are taken over
-    checkpoint_minutes: float = 30.0  # a checkpoint at least this often, beside those at evaluations
-    checkpoint_env_state: bool = True  # with environments and decoder data, to resume exactly; else a few MB
-    track: bool = False  # log to Weights & Biases (WANDB_MODE=offline works, too)
-    wandb_project_name: str = "gorl"  # Weights & Biases project
-    wandb_entity: str | None = None  # Weights & Biases user or team
-TABLES = ("eval", "train", "decoder", "refine")  # CSV files of a run
-CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, num_envs=128, batch_size=32,
-                  num_minibatches=16, update_epochs=8, eval_every=200_000, decoder_epochs=10,
-                  decoder_batch_size=1024, decoder_buffer_size=100_000)
-# --- shared: argument checks, environment, statistics, networks ---
+    resume: str | None = None  # a run directory to continue, with its own arguments
+    checkpoint_minutes: float = 10.0  # between checkpoints, beside those at the ends of stages
+    track: bool = False  # log to Weights & Biases, too
+    wandb_project_name: str = "gorl"
+    wandb_entity: str | None = None
+
+    # PPO (App. E.2)
+    num_envs: int = 2048  # parallel environments
+    episode_length: int = 1000  # control steps until an episode is truncated
+    unroll_length: int = 30  # steps between two bootstraps of the return
+    batch_size: int = 1024  # unrolls in a minibatch
+    num_minibatches: int = 32  # an iteration has batch_size * num_minibatches unrolls
+    update_epochs: int = 16  # passes over them
+    learning_rate: float = 1e-3  # Adam's, for encoder and critic
+    gamma: float = 0.995  # discount
+    gae_lambda: float = 0.95
+    reward_scale: float = 10.0  # factor on the rewards that the critic sees
+    vf_coef: float = 0.25  # weight of the critic's squared error
+    ent_coef: float = 0.01  # weight of the latent policy's entropy
+    clip_eps: tuple[float, ...] = (0.15, 0.3)  # clip range of each stage; the last one repeats
+
+    # GoRL (App. E.4)
+    kl_coef: float = 1e-3  # beta of Eq. 3
+    decoder_epochs: int = 50
+    decoder_batch_size: int = 8192  # pairs (s, u)
+    decoder_learning_rate: float = 3e-4
+    decoder_buffer_size: int = 10_000_000  # a stage's most recent pairs train the next decoder
+    decoder_steps: int = 10  # noise levels of the diffusion, and steps of DDIM
+    decoder_from: str | None = None  # a policy file with the decoder to start from (Figure 6)
+
+    @property
+    def steps_per_iteration(self) -> int:
+        return self.batch_size * self.num_minibatches * self.unroll_length
+
+    @property
+    def stage_ends(self) -> list[int]:
+        """Iterations done when each stage ends, rounded from the cumulative steps."""
+        size = self.steps_per_iteration
+        return [(2 * steps + size) // (2 * size) for steps in accumulate(self.stage_timesteps)]
+
+    def check(self) -> None:
+        """Ends the program with one line at the first argument that cannot be right."""
+        check_common(self)
+        check_range(self, 1, 2**40, "decoder_epochs", "decoder_batch_size")
+        check_range(self, 2, 2**10, "decoder_steps")  # a single one would forget the latent
+        check_range(self, 0, 2**40, "kl_coef", "decoder_learning_rate")
+        stages = np.diff([0, *self.stage_ends]) * self.steps_per_iteration
+        takes = f"at least an iteration, {self.steps_per_iteration} steps, in each stage"
+        require(min(stages) > 0, "stage_timesteps", self.stage_timesteps, takes)
+        got, most = self.decoder_batch_size, min(self.decoder_buffer_size, *stages)
+        takes = f"at most {most}, what --decoder-buffer-size and each stage hold"
+        require(got <= most, "decoder_batch_size", got, takes)
+
+
+CPU_PRESET = {"env_id": "CheetahRun", "total_timesteps": 1_200_000, "eval_every": 200_000}
+CPU_PRESET |= {"num_envs": 128, "batch_size": 32, "num_minibatches": 16, "update_epochs": 8}
+CPU_PRESET |= {"decoder_epochs": 10, "decoder_batch_size": 1024, "decoder_buffer_size": 100_000}
+
+
+# --- shared: checks, environment, statistics, layers ---
 def require(ok: bool, argument: str, got: Any, takes: str) -> None:
     """Unless `ok`, ends the program with one line on stderr and exit status 2."""
     if not ok:
-        argument = "--" + argument.replace("_", "-") if argument.isidentifier() else argument
-        print(f"{Path(sys.argv[0]).name}: {argument}: got {got}; takes {takes}", file=sys.stderr)
+        name = argument.replace("_", "-")
+        print(f"{Path(sys.argv[0]).name}: --{name}: got {got}; takes {takes}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def check_range(args: "Args", low: float, high: float, *names: str) -> None:
+    for name in names:
+        got = np.ravel(getattr(args, name))
+        ok = got.size > 0 and ((low <= got) & (got <= high)).all()
+        require(ok, name, getattr(args, name), f"numbers from {low} to {high}")
+
+
 def check_common(args: "Args") -> None:
-    """Checks the arguments that all scripts have, before any device is touched."""
-    # Playground 0.2 builds the Reacher with a function that MuJoCo 3.17 no longer has.
-    tasks = sorted(task for task in dm_control_suite.ALL_ENVS if "Reacher" not in task)
-    require(args.env_id in tasks, "env_id", args.env_id, f"one of {', '.join(tasks)}")
-    for name, got in vars(args).items():
-        numbers = got if isinstance(got, tuple) else [got] if type(got) in (int, float) else []
-        zero = name in ("seed", "gae_lambda", "vf_coef", "ent_coef", "kl_coef", "max_grad_norm")
-        top = 1 if name in ("gamma", "gae_lambda", "clip_eps") else 2**31 - 1
-        ok = got != () and all((n > 0 or (zero and n == 0)) and n <= top for n in numbers)  # false for NaN
-        require(ok, name, got, f"numbers {'of at least' if zero else 'above'} 0, at most {top}")
-    require(not args.track or util.find_spec("wandb"), "track", True, "the wandb package (pip install wandb)")
-    got, takes = args.num_envs, "a divisor of --batch-size times --num-minibatches, an iteration's unrolls"
-    require(args.batch_size * args.num_minibatches % got == 0, "num_envs", got, takes)
+    names = ("num_seeds", "total_timesteps", "eval_every", "eval_envs", "num_envs", "batch_size")
+    names += ("episode_length", "unroll_length", "num_minibatches", "update_epochs")
+    check_range(args, 1, 2**40, *names)
+    names = ("seed", "learning_rate", "reward_scale", "vf_coef", "ent_coef", "checkpoint_minutes")
+    check_range(args, 0, 2**30, *names)
+    check_range(args, 0, 1, "gamma", "gae_lambda", "clip_eps")
+    unrolls = args.batch_size * args.num_minibatches
+    takes = f"a divisor of --batch-size times --num-minibatches, {unrolls}"
+    require(unrolls % args.num_envs == 0, "num_envs", args.num_envs, takes)
     require("/" not in args.exp_name, "exp_name", args.exp_name, "a name without slashes")
-def make_mesh(args: "Args") -> Any:
-    """All devices, in rows that have some seeds each and share their environments; checks what that asks."""
-    rows, every, env = np.gcd(args.num_seeds, jax.device_count()), jax.device_count(), make_env(args)
-    for name in ("num_envs", "batch_size", "eval_envs", "decoder_batch_size"):
-        got, takes = getattr(args, name, 0), f"a multiple of {every // rows}, a seed's devices"
-        require(got % (every // rows) == 0, name, got, takes)
-    require(args.impl == "jax" or every == 1, "impl", args.impl, "jax on several devices (or show JAX one)")
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
-    has = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", host) * every / args.num_seeds
-    got, takes = getattr(args, "decoder_buffer_size", 0), f"fewer, as a seed has {has / 1e9:.1f} GB"
-    require(8 * got * (env.observation_size + env.action_size + 1) < has, "decoder_buffer_size", got, takes)
-    return jax.make_mesh((rows, every // rows), ("seeds", "envs"), (jax.sharding.AxisType.Auto,) * 2)
-def spread(x: Any, *axes: str) -> Any:
-    """x with its leading axes laid over these of the mesh; over none, there is a copy on each device."""
-    return x if jax.sharding.get_abstract_mesh().size <= 1 else lax.with_sharding_constraint(x, P(*axes))
-def each_seed(args: "Args", f: Any, axes: tuple, out: Any, **options: Any) -> Any:
-    """f, a partial, mapped over seeds, compiled; one seed goes without `vmap`, as that is slower on CPUs."""
-    def single(*xs: Any) -> Any:
-        xs = (jax.tree.map(lambda y: y[0], x) if axis == 0 else x for x, axis in zip(xs, axes, strict=True))
-        return jax.tree.map(lambda y: y[None], f(*xs))
-    single.__name__ = f.func.__name__
-    mapped = single if args.num_seeds == 1 else jax.vmap(f, axes, spmd_axis_name="seeds")
-    return jax.jit(mapped, out_shardings=out, **options)
 
-Envs = namedtuple("Envs", "state first steps")  # now, what resets lead to, control steps since one: (N, ...)
-def make_env(args: "Args") -> MjxEnv:
-    config = dm_control_suite.get_default_config(args.env_id)
-    config.impl = args.impl  # Playground 0.2 itself defaults to warp
-    if args.impl == "warp":  # its contact buffer serves all worlds, and Playground's is for 2048
-        config.naconmax *= -(-max(args.num_envs, args.eval_envs) * args.num_seeds // 2048)
-    env, here = dm_control_suite.load(args.env_id, config=config), jax.local_devices()[0]  # this process's
-    env._mjx_model = jax.device_put(jax.device_get(mjx.put_model(env.mj_model, here, args.impl)))  # untied
-    env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # traced once for training and evaluation
+
+# === Environment ==================================================================================
+class Envs(NamedTuple):
+    state: Any  # Playground's states of N environments, (N, ...)
+    first: Any  # the states that they are reset to
+    steps: Array  # control steps since then, (N,)
+
+
+def make_env(args: "Args") -> Any:
+    """An environment of Playground; ends the program if it is none that can be used."""
+    import mujoco  # these take seconds, for which --help need not wait
+    from mujoco_playground import registry
+
+    mujoco.set_mju_user_warning(lambda text: None)  # of attributes in Playground's own files
+    try:
+        config = registry.get_default_config(args.env_id)
+        config.impl = args.impl  # Playground's own default is warp
+        if args.impl == "warp":  # a contact buffer serves all worlds, and Playground's is for 2048
+            config.naconmax *= math.ceil(max(args.num_envs, args.eval_envs) * args.num_seeds / 2048)
+        env = registry.load(args.env_id, config=config)
+        env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # each is traced only once
+        assert isinstance(env.observation_size, int), "its observation is not one flat array"
+    except Exception as error:
+        takes = f"a task that can be built here, of {', '.join(registry.ALL_ENVS)}"
+        require(False, "env_id", f"{args.env_id} ({error})", takes)
     return env
-def each_env(f: Any) -> Any:
-    """`reset` or `step` of many; each device's share by itself, since physics loops until all are done."""
-    def many(*x: Any) -> Any:  # the two differ in weak types, for which an iteration would compile twice
-        return jax.tree.map(lambda y: lax.convert_element_type(y, y.dtype), jax.vmap(f)(*x))
-    specs = {"in_specs": P("envs"), "out_specs": P("envs"), "check_vma": False}
-    return many if jax.sharding.get_abstract_mesh().size <= 1 else jax.shard_map(many, **specs)
-def reset_envs(env: MjxEnv, num_envs: int, key: Array) -> Envs:
-    state = each_env(env.reset)(jax.random.split(key, num_envs))
-    return Envs(state, state, jnp.zeros(num_envs, jnp.int32))
-def step_envs(args: "Args", env: MjxEnv, envs: Envs, u: Array) -> tuple[Envs, Array, Array, Array]:
-    """Steps with tanh(u), u (N, action_dim), and resets: environments; reward, truncated, broken, of (N,)."""
-    state = each_env(env.step)(envs.state, jnp.tanh(u))
-    # Broken physics, NaN or beyond 1e6, is truncated as at the time limit; what it returned is dropped.
-    broken = (state.done > 0) | ~jnp.isfinite(state.reward) | ~(jnp.abs(state.obs) < 1e6).all(-1)
-    truncated = broken | (envs.steps + 1 >= args.episode_length)
-    def reset_done(first: Array, now: Array) -> Array:
-        done = truncated.reshape(-1, *[1] * (now.ndim - 1))
-        return jnp.where(done, first, now) if now.shape[:1] == truncated.shape else now
-    reward, steps = jnp.where(broken, 0.0, state.reward), jnp.where(truncated, 0, envs.steps + 1)
-    state = jax.tree.map(reset_done, envs.first, state)
-    return Envs(state, envs.first, steps), reward, truncated, broken
 
-RunningStats = namedtuple("RunningStats", "count mean var")  # of all observations so far, (obs_dim,) each
+
+def reset_envs(env: Any, num_envs: int, key: Array) -> Envs:
+    with jax.default_matmul_precision("highest"):
+        state = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+    # Without weak types, which would go in the first step, and all be compiled again.
+    state = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
+    return Envs(state=state, first=state, steps=jnp.zeros(num_envs, jnp.int32))
+
+
+def step_envs(args: "Args", env: Any, envs: Envs, u: Array) -> tuple:
+    """Applies tanh(u); next environments, and reward, terminated, truncated, broken, (N,) each."""
+    with jax.default_matmul_precision("highest"):  # physics; GPUs multiply in less by default
+        state = jax.vmap(env.step)(envs.state, jnp.tanh(u))
+    steps = envs.steps + 1
+    # Physics that breaks, NaN or beyond 1e6, is truncated; what that step returned is dropped.
+    broken = ~jnp.isfinite(state.reward) | ~(jnp.abs(state.obs) < 1e6).all(axis=-1)
+    reward = jnp.where(broken, 0.0, state.reward)
+    terminated = (state.done > 0) & ~broken
+    truncated = broken | ((steps >= args.episode_length) & ~terminated)
+    ended = terminated | truncated
+
+    def reset_ended(first, now):
+        if now.shape[:1] != ended.shape:  # warp has arrays that all environments share
+            return now
+        return jnp.where(ended.reshape(-1, *[1] * (now.ndim - 1)), first, now)
+
+    state = jax.tree.map(reset_ended, envs.first, state)
+    envs = Envs(state, envs.first, jnp.where(ended, 0, steps))
+    return envs, reward, terminated, truncated, broken
+
+
+# === Networks =====================================================================================
+class RunningStats(NamedTuple):
+    count: Array  # of all observations so far
+    mean: Array  # (obs_dim,)
+    var: Array
+
+
 def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
-    """Adds observations (..., obs_dim): Chan et al. (1979), in variances instead of sums of squares."""
-    axes, size = tuple(range(obs.ndim - 2)), obs.size // obs.shape[-1]
-    mean = obs.mean(-2).mean(axes)  # in two stages, against float32's rounding
-    var = jnp.square(obs - mean).mean(-2).mean(axes)
-    share, delta = size / (stats.count + size), mean - stats.mean
-    # Without the old variance's share, the std would shrink with every batch, and normalised inputs grow.
+    """Adds observations (steps, N, obs_dim), by the formula of Chan et al. (1979)."""
+    size = obs.shape[0] * obs.shape[1]
+    mean = obs.mean(axis=1).mean(axis=0)  # one axis at a time, against float32's rounding
+    var = jnp.square(obs - mean).mean(axis=1).mean(axis=0)
+    share = size / (stats.count + size)
+    delta = mean - stats.mean
+    # Without the old variance, the std would shrink with every batch, and normalised inputs grow.
     var = stats.var + share * (var - stats.var + (1 - share) * jnp.square(delta))
-    return RunningStats(count=stats.count + size, mean=stats.mean + share * delta, var=var)
+    return RunningStats(stats.count + size, stats.mean + share * delta, var)
+
+
 def normalize(stats: RunningStats, obs: Array) -> Array:
-    """Observations (..., obs_dim) in standard deviations, clipped to +-10."""
-    return jnp.clip((obs - stats.mean) / jnp.maximum(jnp.sqrt(stats.var), 1e-6), -10.0, 10.0)
-def init_mlp(key: Array, sizes: tuple[int, ...], zero_last: bool = False) -> list[dict[str, Array]]:
-    """LeCun-uniform kernels and zero biases; with `zero_last` the network's output starts at exactly 0."""
-    init, keys = jax.nn.initializers.lecun_uniform(), jax.random.split(key, len(sizes) - 1)
-    kernels = [init(k, shape) for k, shape in zip(keys, pairwise(sizes), strict=True)]
-    kernels[-1] *= not zero_last
-    return [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in kernels]
-silu = jax.custom_jvp(jax.nn.silu)  # its slope is kept for the backward pass, not its sigmoid made again
-silu.defjvps(lambda x_dot, y, x: (y + jax.nn.sigmoid(x) * (1 - y)) * x_dot)
-def mlp(layers: list[dict[str, Array]], x: Array) -> Array:
-    """SiLU network, (..., sizes[0]) -> (..., sizes[-1]); with one batch axis, as CPUs copy what has more."""
-    *axes, x = *x.shape[:-1], x.reshape(-1, x.shape[-1])
-    for layer in layers[:-1]:
-        x = silu(x @ layer["kernel"] + layer["bias"])
-    return (x @ layers[-1]["kernel"] + layers[-1]["bias"]).reshape(*axes, -1)
+    std = jnp.maximum(jnp.sqrt(stats.var), 1e-6)
+    return jnp.clip((obs - stats.mean) / std, -10.0, 10.0)
+
+
+class MLP(nn.Module):
+    """SiLU network (..., n) -> (..., sizes[-1]): kernels LeCun-uniform, biases 0."""
+
+    sizes: tuple[int, ...]
+    zero_last: bool = False  # the last layer's kernel starts at 0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch_shape = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])  # CPUs copy what has more than one batch axis
+        for size in self.sizes[:-1]:
+            x = nn.silu(nn.Dense(size, kernel_init=nn.initializers.lecun_uniform())(x))
+        last_init = nn.initializers.zeros if self.zero_last else nn.initializers.lecun_uniform()
+        last = nn.Dense(self.sizes[-1], kernel_init=last_init, name="last")
+        return last(x).reshape(*batch_shape, -1)
+
+
+def make_network(module: nn.Module, learning_rate: float, key: Array, *inputs: Array) -> Network:
+    params = module.init(key, *inputs)
+    return Network.create(apply_fn=module.apply, params=params, tx=optax.adam(learning_rate))
+
+
 # --- end shared ---
-@struct.dataclass
-class Agent:
-    """One seed's networks, or all seeds' with axes (K,) in front. A policy lacks critic and Adam states."""
-    params: dict[str, Any]  # "encoder", "critic"
-    opt: dict[str, Any]  # an Adam state for each
-    stats: RunningStats
-    decoder: dict[str, Any]  # "net", and its own "stats", of when it was trained: it must not move after
-    def policy(self) -> "Agent":
-        return self.replace(params={"encoder": self.params["encoder"]}, opt={})
-def init_agent(args: Args, obs_dim: int, action_dim: int, key: Array) -> Agent:
-    """Encoder exactly N(0, I), decoder a multiple of the identity; sizes of App. E.3 and E.4."""
-    encoder_key, critic_key, decoder_key = jax.random.split(key, 3)
-    encoder = init_mlp(encoder_key, (obs_dim, 32, 32, 32, 32, 2 * action_dim), zero_last=True)
-    params = {"encoder": encoder, "critic": init_mlp(critic_key, (obs_dim, 256, 256, 256, 256, 256, 1))}
-    opt = {name: optax.adam(args.learning_rate).init(layers) for name, layers in params.items()}
-    net = init_mlp(decoder_key, (obs_dim + action_dim + 8, 64, 64, 64, 64, action_dim), zero_last=True)
-    stats = RunningStats(count=jnp.zeros(()), mean=jnp.zeros(obs_dim), var=jnp.ones(obs_dim))
-    return Agent(params=params, opt=opt, stats=stats, decoder={"net": net, "stats": stats})
-def start_stage(args: Args, agent: Agent, decoder: Any, fresh: Agent) -> Agent:
-    """Encoder and its Adam state start afresh, at N(0, I) (section 3.2); critic and statistics carry on."""
-    old = fresh if args.reinit_critic else agent
-    params, opt = ({**getattr(old, k), "encoder": getattr(fresh, k)["encoder"]} for k in ("params", "opt"))
-    return old.replace(params=params, opt=opt, decoder=decoder)
-def latent_distribution(encoder: Any, obs: Array) -> tuple[Array, Array]:
-    """Mean and std, (..., action_dim) each, of pi(latent | s) at normalised observations (App. E.3)."""
-    mean, raw = jnp.split(mlp(encoder, obs), 2, axis=-1)
-    return mean, jnp.clip(jax.nn.softplus(raw + np.log(np.e - 1)), 1e-3, 10.0)  # of output 0: N(0, I)
-def velocity(net: Any, obs: Array, a: Array, t: Array) -> Array:
-    """The network at normalised observations, a_t (..., action_dim), time t (..., 1) in [0, 1] (App. C)."""
-    angles = t * 2.0 ** jnp.arange(4)
-    return mlp(net, jnp.concatenate([obs, a, jnp.cos(angles), jnp.sin(angles)], axis=-1))
+
+
+class Encoder(nn.Module):
+    """Mean and std (..., action_dim) of pi(latent | s) at normalised observations (App. E.3)."""
+
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, obs: Array) -> tuple[Array, Array]:
+        out = MLP((32, 32, 32, 32, 2 * self.action_dim), zero_last=True)(obs)
+        mean, raw_std = jnp.split(out, 2, axis=-1)
+        # softplus(log(e - 1)) = 1: an encoder whose output is 0 is exactly N(0, I).
+        return mean, jnp.clip(nn.softplus(raw_std + np.log(np.e - 1)), 1e-3, 10.0)
+
+
+class Denoiser(nn.Module):
+    """v(a_t, t; s) of the diffusion (App. C): obs normalised, a (..., action_dim), t (...).
+
+    With a_t = cos(phi) a_0 + sin(phi) noise, v = da / dphi = cos(phi) noise - sin(phi) a_0
+    (Salimans & Ho, 2022). From the noise itself, the first step would divide by cos(phi_D) = 0.
+    """
+
+    @nn.compact
+    def __call__(self, obs: Array, a: Array, t: Array) -> Array:
+        angles = jnp.broadcast_to(t, a.shape[:-1])[..., None] * 2.0 ** jnp.arange(4)
+        x = jnp.concatenate([obs, a, jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return MLP((64, 64, 64, 64, a.shape[-1]), zero_last=True)(x)
+
+
 def noise_angles(steps: int) -> Array:
-    """phi_t, t = 0 .. D, of a_t = cos(phi_t) a_0 + sin(phi_t) noise (Eq. 16): the cosine schedule."""
+    """phi_t for t = 0 .. D (Eq. 16): alpha_bar_t = cos^2(phi_t), the cosine schedule."""
     x = (np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2
     return jnp.float32(np.arccos(np.cos(x) / np.cos(x[0])))
-def decode(args: Args, decoder: Any, obs: Array, latent: Array) -> Array:
-    """u = g(s, latent) at raw observations: DDIM from a_D = latent (App. C.1, with T steps)."""
-    obs, phi = normalize(decoder["stats"], obs), noise_angles(args.decoder_steps)
-    # The network predicts v = da/dphi = cos(phi) noise - sin(phi) a_0 (Salimans & Ho, 2022), so DDIM rotates:
-    # from the noise itself it would divide by cos(phi_D) = 0. An output of 0 scales a by 0.88 in 10 steps.
-    def ddim_step(a: Array, t: Array) -> tuple[Array, None]:
-        turn, time = phi[t] - phi[t - 1], jnp.broadcast_to(t / args.decoder_steps, a[..., :1].shape)
-        return jnp.cos(turn) * a - jnp.sin(turn) * velocity(decoder["net"], obs, a, time), None
-    return lax.scan(ddim_step, latent, jnp.arange(args.decoder_steps, 0, -1))[0]
-def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any) -> tuple[Array, dict]:
-    """u (..., action_dim) at raw observations and how it was drawn; evaluation decodes the latent's mean."""
-    mean, std = latent_distribution(agent.params["encoder"], normalize(agent.stats, obs))
+
+
+class Agent(NamedTuple):
+    encoder: Network
+    critic: Network
+    stats: RunningStats  # of observations, for encoder and critic
+    decoder: Network
+    decoder_stats: RunningStats  # those it was trained with: a frozen decoder must not move
+
+
+def init_agent(args: Args, env: Any, key: Array) -> Agent:
+    """The encoder is exactly N(0, I), the decoder a multiple of the identity (section 3.2)."""
+    keys = jax.random.split(key, 3)
+    obs, u, t = jnp.zeros(env.observation_size), jnp.zeros(env.action_size), jnp.zeros(())
+    encoder = Encoder(env.action_size)
+    critic = MLP((256, 256, 256, 256, 256, 1))
+    stats = RunningStats(jnp.zeros(()), jnp.zeros_like(obs), jnp.ones_like(obs))
+    return Agent(
+        encoder=make_network(encoder, args.learning_rate, keys[0], obs),
+        critic=make_network(critic, args.learning_rate, keys[1], obs),
+        stats=stats,
+        decoder=make_network(Denoiser(), args.decoder_learning_rate, keys[2], obs, u, t),
+        decoder_stats=stats,
+    )
+
+
+def policy_part(agent: Agent) -> Agent:
+    """What a policy file holds: no critic, no states of Adam."""
+    encoder = agent.encoder.replace(opt_state=None)
+    decoder = agent.decoder.replace(opt_state=None)
+    return agent._replace(encoder=encoder, critic=None, decoder=decoder)
+
+
+def decode(args: Args, agent: Agent, obs: Array, latent: Array) -> Array:
+    """u = g(s, latent) at raw observations: deterministic DDIM from a_D = latent (App. C.1)."""
+    obs = normalize(agent.decoder_stats, obs)
+    phi = noise_angles(args.decoder_steps)
+
+    def ddim_step(a, t):  # a rotation; of an output 0, ten of them scale a by 0.88
+        v = agent.decoder.apply_fn(agent.decoder.params, obs, a, t / args.decoder_steps)
+        turn = phi[t] - phi[t - 1]
+        return jnp.cos(turn) * a - jnp.sin(turn) * v, None
+
+    u, _ = jax.lax.scan(ddim_step, latent, jnp.arange(args.decoder_steps, 0, -1))
+    return u
+
+
+def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = False) -> tuple:
+    """u (..., action_dim) at raw observations, its latent, and log pi(latent | s)."""
+    mean, std = agent.encoder.apply_fn(agent.encoder.params, normalize(agent.stats, obs))
     latent = mean + std * jnp.where(deterministic, 0.0, jax.random.normal(key, mean.shape))
     log_prob = norm.logpdf(latent, mean, std).sum(-1)
-    return decode(args, agent.decoder, obs, latent), {"latent": latent, "log_prob": log_prob}
-# --- shared: rollout, advantages, update, evaluation ---
-Transitions = namedtuple("Transitions", "obs u drawn reward truncated")  # (U, T, N, ...); drawn: see `act`
-def rollout(args: "Args", env: MjxEnv, agent: Any, envs: Envs, key: Array) -> tuple[Envs, Any, Array, dict]:
-    """U unrolls of T steps: environments, transitions, last next observations (U, N, obs_dim), metrics."""
-    def step(envs: Envs, key: Array) -> tuple[Envs, tuple]:
-        u, drawn = act(args, agent, envs.state.obs, key, False)
-        after, reward, truncated, broken = step_envs(args, env, envs, u)
-        return after, (Transitions(envs.state.obs, u, drawn, reward, truncated), broken)
-    def unroll(envs: Envs, key: Array) -> tuple[Envs, tuple]:
-        envs, outputs = lax.scan(step, envs, jax.random.split(key, args.unroll_length))
-        return envs, (*outputs, envs.state.obs)  # a reset state's after truncation, which is not bootstrapped
-    keys = jax.random.split(key, args.batch_size * args.num_minibatches // args.num_envs)
-    envs, (steps, broken, last_obs) = lax.scan(unroll, envs, keys)
-    metrics = {"reward_mean": steps.reward.mean(), "nan_resets": broken.sum(), "u_std": steps.u.std()}
-    return envs, steps, last_obs, metrics | {"u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
-def gae(args: "Args", reward: Array, truncated: Array, value: Array) -> tuple[Array, Array]:
-    """Brax's GAE: critic targets and advantages (T, N) of rewards, truncated (T, N) and value (T + 1, N).
-    Truncated steps teach nothing: advantage 0, target the value itself, no sum across. Of an advantage
-    r + gamma * target' - value, an error k > 0 steps later weighs gamma^k lambda^(k-1)."""
-    going_on, value = 1.0 - truncated, lax.stop_gradient(value)
-    delta = (reward + args.gamma * value[1:] - value[:-1]) * going_on
-    def backward(acc: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
-        return (acc := x[0] + args.gamma * args.gae_lambda * x[1] * acc), acc
-    target = value[:-1] + lax.scan(backward, jnp.zeros_like(value[0]), (delta, going_on), reverse=True)[1]
-    return target, (reward + args.gamma * jnp.concatenate([target[1:], value[-1:]]) - value[:-1]) * going_on
-def critic_terms(args: "Args", critic: Any, batch: Any, last_obs: Array) -> tuple[Array, dict]:
-    """Normalised advantages (batch_size, T) and the critic's error, by targets of the critic as it is now."""
-    value = mlp(critic, jnp.concatenate([batch.obs, last_obs[:, None]], axis=1))[..., 0].T
-    target, advantage = gae(args, args.reward_scale * batch.reward.T, batch.truncated.T, value)
-    advantage, error = (advantage - advantage.mean()) / (advantage.std() + 1e-8), target - value[:-1]
-    metrics = {"value_loss": jnp.square(error).mean(), "explained_variance": 1 - error.var() / target.var()}
-    return advantage.T, metrics
-def clipped_surrogate(args: "Args", log_ratio: Array, advantage: Array) -> dict[str, Array]:
-    """PPO's loss (Eq. 5) of ratios new / old, and how far they went; shapes broadcast."""
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - args.clip_eps, 1 + args.clip_eps)
-    far = {"approx_kl": (ratio - 1 - log_ratio).mean(), "clip_fraction": (clipped != ratio).mean()}
-    return far | {"policy_loss": -jnp.minimum(ratio * advantage, clipped * advantage).mean()}
-# Leaves (U, T, N, ...) -> (U * N, T, ...).
-as_unrolls = partial(jax.tree.map, lambda x: jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], *x.shape[3:]))
-def update(args: "Args", agent: Any, batch: Any, last_obs: Array, key: Array) -> tuple[Any, dict]:
-    """`update_epochs` passes over B unrolls, in new minibatches of whole unrolls each time; see `loss_fn`."""
-    limit, adam, data = args.max_grad_norm, optax.adam(args.learning_rate), spread((batch, last_obs))
-    def minibatch_step(agent: Any, x: tuple[Array, Array]) -> tuple[Any, dict]:
-        minibatch, last = spread(jax.tree.map(lambda leaf: leaf[x[0]], data), "envs")
-        loss = partial(loss_fn, args=args, batch=minibatch, last_obs=last, key=x[1])
-        grads, metrics = jax.grad(loss, has_aux=True)(agent.params)
-        scale = jnp.where(limit > 0, jnp.minimum(1.0, limit / optax.tree.norm(grads)), 1.0)
-        metrics |= {f"grad_norm_{name}": optax.tree.norm(grad) for name, grad in grads.items()}
-        new = {k: adam.update(optax.tree.scale(scale, grad), agent.opt[k]) for k, grad in grads.items()}
-        params = {k: optax.apply_updates(agent.params[k], step) for k, (step, _) in new.items()}
-        return agent.replace(params=params, opt={k: opt for k, (_, opt) in new.items()}), metrics
-    def epoch(agent: Any, key: Array) -> tuple[Any, dict]:
-        rows_key, key = jax.random.split(key)
-        rows = jax.random.permutation(rows_key, len(last_obs)).reshape(args.num_minibatches, args.batch_size)
-        return lax.scan(minibatch_step, agent, (rows, jax.random.split(key, args.num_minibatches)))
-    agent, metrics = lax.scan(epoch, agent, jax.random.split(key, args.update_epochs))
-    return agent, jax.tree.map(jnp.mean, metrics)
-INIT, RESET, TRAIN, EVAL_RESET, EVAL_ACT, DECODER = range(6)
-def derive_key(seed_key: Array, purpose: int, index: Any) -> Array:
-    """The key for a purpose at a point of a run: it depends on the seed, not on how many run beside it."""
-    return jax.random.fold_in(jax.random.fold_in(seed_key, purpose), index)
-def evaluate(args: "Args", env: MjxEnv, agent: Any, seed_key: Array, index: Any, deterministic: Any) -> Array:
-    """Undiscounted returns (eval_envs,) of one episode each; broken physics ends its episode."""
-    def step(envs: Envs, key: Array) -> tuple[Envs, tuple]:
-        u, _ = act(args, agent, envs.state.obs, key, deterministic)
-        envs, reward, _, broken = step_envs(args, env, envs, u)
-        return envs, (reward, broken)
-    envs = reset_envs(env, args.eval_envs, derive_key(seed_key, EVAL_RESET, index))
-    keys = jax.random.split(derive_key(seed_key, EVAL_ACT, index), args.episode_length)
-    _, (reward, broken) = lax.scan(step, envs, keys)
-    return jnp.where(jnp.cumsum(broken, axis=0) > 0, 0.0, reward).sum(0)
-# --- end shared ---
-def loss_fn(params: Any, args: Args, batch: Transitions, last_obs: Array, key: Any) -> tuple[Array, dict]:
-    """Latent PPO (Eq. 3, 5) on batches (batch_size, T, ...). The decoder is environment to it (Lemma 3.1)."""
-    advantage, metrics = critic_terms(args, params["critic"], batch, last_obs)
-    mean, std = latent_distribution(params["encoder"], batch.obs)
-    log_std, log_prob = jnp.log(std), norm.logpdf(batch.drawn["latent"], mean, std).sum(-1)
-    metrics |= clipped_surrogate(args, log_prob - batch.drawn["log_prob"], advantage) | {
-        "entropy": (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1).mean(),
-        "latent_kl": (0.5 * (jnp.square(mean) + jnp.square(std) - 1) - log_std).sum(-1).mean(),  # Eq. 3
-        "latent_l2": jnp.square(mean).mean() + jnp.square(log_std).mean(),  # App. E.4
-        "latent_log_std": log_std.mean(), "latent_beyond_3": (jnp.abs(batch.drawn["latent"]) > 3).mean()}
-    loss = metrics["policy_loss"] + args.vf_coef * metrics["value_loss"] - args.ent_coef * metrics["entropy"]
-    return loss + args.kl_coef * metrics[f"latent_{args.latent_penalty}"], metrics
-def record(ring: dict[str, Array], written: Any, new: dict[str, Array]) -> dict[str, Array]:
-    """Writes steps (U, T, N, ...) over a ring's (C, N, ...) oldest rows, the stage's `written` + 1st such."""
-    capacity, steps = len(ring["reward"]), new["reward"].shape[0] * new["reward"].shape[1]
-    rows = ((written + 1) * steps - (kept := min(capacity, steps)) + jnp.arange(kept)) % capacity
-    new = {name: x.reshape(steps, *x.shape[2:])[-kept:] for name, x in new.items()}
-    return {name: ring[name].at[rows].set(new[name], unique_indices=True) for name in ring}
-def decoder_loss(net: Any, args: Args, obs: Array, u: Array, key: Array) -> Array:
-    """Denoising (Eq. 17, t weighted by 1 / alpha_bar_t) from fresh noise, 8 draws a pair; obs normalised."""
-    t_key, noise_key = jax.random.split(key)
-    obs, u = (jnp.repeat(x[:, None], 8, axis=1) for x in (obs, u))
-    t = jax.random.randint(t_key, (*u.shape[:2], 1), 1, args.decoder_steps + 1)  # at t = 0 there is no noise
-    phi, noise = noise_angles(args.decoder_steps)[t], jax.random.normal(noise_key, u.shape)
-    a, target = jnp.cos(phi) * u + jnp.sin(phi) * noise, jnp.cos(phi) * noise - jnp.sin(phi) * u
-    return jnp.square(velocity(net, obs, a, t / args.decoder_steps) - target).sum(-1).mean()
-def decoder_epoch(args: Args, pairs: int, decoder: Any, opt: Any, ring: Any, seed_key: Any, i: Any) -> tuple:
-    """One shuffled pass over the ring's first `pairs` entries: decoder, Adam state and mean loss after it."""
-    adam, batches = optax.adam(args.decoder_learning_rate), pairs // args.decoder_batch_size
-    rows_key, key = jax.random.split(derive_key(seed_key, DECODER, i))
-    rows = jax.random.permutation(rows_key, pairs)[: batches * args.decoder_batch_size].reshape(batches, -1)
-    def step(carry: tuple[Any, Any], x: tuple[Any, Array]) -> tuple[tuple[Any, Any], Array]:
-        (net, opt), (at, key) = carry, x
-        obs, u = spread((ring["obs"][at], ring["u"][at]), "envs")
-        loss, grads = jax.value_and_grad(decoder_loss)(net, args, normalize(decoder["stats"], obs), u, key)
-        steps, opt = adam.update(grads, opt)
-        return (optax.apply_updates(net, steps), opt), loss
-    x = jnp.divmod(rows, args.num_envs), jax.random.split(key, batches)
-    (net, opt), losses = lax.scan(step, (decoder["net"], opt), x)
-    return decoder | {"net": net}, opt, losses.mean()
+    return decode(args, agent, obs, latent), latent, log_prob
 
-@struct.dataclass
-class TrainState:
-    """All that changes in a run. Random keys are not in it: they follow from seed and iteration."""
+
+# === Phase 1: PPO on the latent policy ============================================================
+class Steps(NamedTuple):  # (B / N * T, N, ...), and for the update (B, T, ...)
+    obs: Array  # for the update normalised and T + 1 of them
+    u: Array
+    latent: Array
+    log_prob: Array
+    reward: Array  # the task's; for the update scaled
+    terminated: Array
+    truncated: Array
+    broken: Array
+
+
+def rollout(args: Args, env: Any, agent: Agent, envs: Envs, key: Array) -> tuple[Envs, Steps]:
+    def step(envs, key):
+        u, latent, log_prob = act(args, agent, envs.state.obs, key)
+        next_envs, *outcome = step_envs(args, env, envs, u)
+        return next_envs, Steps(envs.state.obs, u, latent, log_prob, *outcome)
+
+    keys = jax.random.split(key, args.steps_per_iteration // args.num_envs)
+    return jax.lax.scan(step, envs, keys)
+
+
+# --- shared: advantages, evaluation ---
+def as_unrolls(args: "Args", stats: RunningStats, steps: Any, envs: Envs) -> Any:
+    """Steps (B / N * T, N, ...) that led to `envs`, as unrolls (B, T, ...) for the update."""
+    T = args.unroll_length
+
+    def cut(x):
+        return x.reshape(-1, T, *x.shape[1:]).swapaxes(1, 2).reshape(-1, T, *x.shape[2:])
+
+    # An unroll ends where the next one starts: in a new episode if the old one has ended there,
+    # but then nothing is bootstrapped from it.
+    last_obs = jnp.concatenate([steps.obs[T::T], envs.state.obs[None]])
+    last_obs = last_obs.reshape(-1, 1, last_obs.shape[-1])
+    unrolls = jax.tree.map(cut, steps)
+    obs = normalize(stats, jnp.concatenate([unrolls.obs, last_obs], axis=1))
+    return unrolls._replace(obs=obs, reward=args.reward_scale * unrolls.reward)
+
+
+def gae(args: "Args", reward: Array, terminated: Array, truncated: Array, value: Array) -> tuple:
+    """Critic targets and advantages (T, B) of unrolls with values (T + 1, B), as Brax has them.
+
+    No sum reaches beyond an episode's end. The target of a terminated step is its reward; a
+    truncated one teaches nothing: its target is its value, its advantage 0.
+    """
+    discount = args.gamma * (1.0 - terminated)
+    keep = 1.0 - truncated
+    delta = keep * (reward + discount * value[1:] - value[:-1])
+
+    def backward(correction, x):
+        delta, decay = x
+        correction = delta + decay * correction
+        return correction, correction
+
+    steps = delta, args.gae_lambda * discount * keep
+    # Unrolled: a GPU would start kernels for every step.
+    _, correction = jax.lax.scan(backward, 0 * value[0], steps, reverse=True, unroll=True)
+    target = value[:-1] + correction
+    next_target = jnp.concatenate([target[1:], value[-1:]])
+    return target, keep * (reward + discount * next_target - value[:-1])
+
+
+def evaluate(
+    args: "Args", env: Any, agent: Any, key: Array, step: Any, deterministic: Any
+) -> Array:
+    """Undiscounted returns of `eval_envs` episodes, at a step of the training."""
+    reset_key, act_key = jax.random.split(jax.random.fold_in(key, step))
+
+    def env_step(carry, key):
+        envs, running = carry
+        u, *_ = act(args, agent, envs.state.obs, key, deterministic)
+        envs, reward, terminated, truncated, _ = step_envs(args, env, envs, u)
+        return (envs, running & ~terminated & ~truncated), jnp.where(running, reward, 0.0)
+
+    start = reset_envs(env, args.eval_envs, reset_key), jnp.ones(args.eval_envs, bool)
+    _, rewards = jax.lax.scan(env_step, start, jax.random.split(act_key, args.episode_length))
+    return rewards.sum(axis=0)
+
+
+# --- end shared ---
+
+
+def ppo_loss(params: dict, args: Args, agent: Agent, batch: Steps, clip_eps: Any) -> tuple:
+    """Clipped surrogate (Eq. 5), KL to the decoder's prior (Eq. 3), entropy bonus, critic error.
+
+    The decoder is absent: to the latent policy it is part of the environment (Lemma 3.1).
+    """
+    # Targets and advantages are those of the critic as it is now, in every minibatch.
+    value = agent.critic.apply_fn(params["critic"], batch.obs).squeeze(-1).T
+    data = batch.reward.T, batch.terminated.T, batch.truncated.T
+    target, advantage = gae(args, *data, jax.lax.stop_gradient(value))
+    error = target - value[:-1]
+    value_loss = jnp.square(error).mean()
+    advantage = ((advantage - advantage.mean()) / (advantage.std() + 1e-8)).T
+
+    mean, std = agent.encoder.apply_fn(params["encoder"], batch.obs[:, :-1])
+    log_ratio = norm.logpdf(batch.latent, mean, std).sum(-1) - batch.log_prob
+    ratio = jnp.exp(log_ratio)
+    clipped_ratio = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
+    policy_loss = -jnp.minimum(ratio * advantage, clipped_ratio * advantage).mean()
+
+    log_std = jnp.log(std)
+    entropy = (log_std + 0.5 * np.log(2 * np.pi * np.e)).sum(-1).mean()
+    latent_kl = (0.5 * (jnp.square(mean) + jnp.square(std) - 1) - log_std).sum(-1).mean()
+
+    loss = policy_loss + args.vf_coef * value_loss
+    loss = loss - args.ent_coef * entropy + args.kl_coef * latent_kl
+    metrics = {"loss": loss, "policy_loss": policy_loss, "value_loss": value_loss}
+    metrics |= {"entropy": entropy, "latent_kl": latent_kl, "latent_log_std": log_std.mean()}
+    metrics |= {"explained_variance": 1 - error.var() / target.var()}
+    metrics |= {"approx_kl": (ratio - 1 - log_ratio).mean()}
+    metrics |= {"clip_fraction": (ratio != clipped_ratio).mean()}
+    return loss, metrics
+
+
+def update(args: Args, agent: Agent, unrolls: Steps, clip_eps: Any, key: Array) -> tuple:
+    """`update_epochs` passes over the unrolls, in new minibatches of whole unrolls each time."""
+
+    def minibatch_step(agent, rows):
+        batch = jax.tree.map(lambda x: x[rows], unrolls)
+        params = {"encoder": agent.encoder.params, "critic": agent.critic.params}
+        grads, metrics = jax.grad(ppo_loss, has_aux=True)(params, args, agent, batch, clip_eps)
+        metrics["grad_norm_encoder"] = optax.tree.norm(grads["encoder"])
+        metrics["grad_norm_critic"] = optax.tree.norm(grads["critic"])
+        encoder = agent.encoder.apply_gradients(grads=grads["encoder"])
+        critic = agent.critic.apply_gradients(grads=grads["critic"])
+        return agent._replace(encoder=encoder, critic=critic), metrics
+
+    keys = jax.random.split(key, args.update_epochs)
+    rows = jax.vmap(lambda key: jax.random.permutation(key, len(unrolls.reward)))(keys)
+    agent, metrics = jax.lax.scan(minibatch_step, agent, rows.reshape(-1, args.batch_size))
+    return agent, jax.tree.map(jnp.mean, metrics)
+
+
+class Pairs(NamedTuple):  # what a decoder is trained on, (n, ...)
+    obs: Array
+    u: Array
+    reward: Array  # for the log only
+
+
+class State(NamedTuple):  # all that changes in the training of a seed
     agent: Agent
     envs: Envs
-    ring: Any  # "obs", "u", "reward": the stage's latest C steps of every environment, (C, N, ...)
-    learner: Any  # in a refinement, the next decoder and its Adam state; else None
-def begin(args: Args, env: MjxEnv, seed_key: Array, index: Any) -> TrainState:
-    """A seed's first state, untrained, or that of one of its stages: each `index` gives others."""
-    agent = init_agent(args, env.observation_size, env.action_size, derive_key(seed_key, INIT, index))
-    envs = reset_envs(env, args.num_envs, derive_key(seed_key, RESET, index))
-    like = {"obs": envs.state.obs, "u": jnp.zeros((args.num_envs, env.action_size)), "reward": envs.steps}
-    ring = {k: jnp.zeros((args.decoder_buffer_size // args.num_envs, *x.shape)) for k, x in like.items()}
-    learner = agent.decoder, optax.adam(args.decoder_learning_rate).init(agent.decoder["net"])
-    return TrainState(agent=agent, envs=envs, ring=ring, learner=learner)
-def iteration(args: Args, env: MjxEnv, state: TrainState, seed_key: Array, index: Any, now: Any) -> tuple:
-    """Rollout, update, statistics and recording, for one seed: the next state, and metrics."""
-    stage, recorded = now  # `recorded`: iterations in the ring so far
-    # The stage's value of each coefficient, or the last: JAX clamps an index beyond it.
-    args = replace(args, **{k: jnp.array(v)[stage] for k, v in vars(args).items() if isinstance(v, tuple)})
-    agent, (rollout_key, update_key) = state.agent, jax.random.split(derive_key(seed_key, TRAIN, index))
-    envs, steps, last_obs, rollout_metrics = rollout(args, env, agent, state.envs, rollout_key)
-    batch = as_unrolls(steps._replace(obs=normalize(agent.stats, steps.obs)))
-    last_obs = normalize(agent.stats, last_obs).reshape(-1, last_obs.shape[-1])
-    agent, metrics = update(args, agent, batch, last_obs, update_key)
-    agent = agent.replace(stats=merge_stats(agent.stats, steps.obs))  # not before, so ratios started at 1
-    ring = record(state.ring, recorded, {k: getattr(steps, k) for k in state.ring})
-    return state.replace(agent=agent, envs=envs, ring=ring), metrics | rollout_metrics
+    recent: Pairs  # the last decoder_buffer_size of them
+    key: Array
 
-def train(args: Args, run_dir: Path, caught: list[int], report: Any) -> bool:
-    """Algorithm 1 from the newest good checkpoint: true at its end, false if `caught` has a signal before."""
-    env, seeds = make_env(args), np.arange(args.seed, args.seed + args.num_seeds)
-    seed_keys = np.asarray(jax.vmap(jax.random.PRNGKey)(seeds))  # on no device, as a restored state
-    size, ends = args.batch_size * args.num_minibatches * args.unroll_length, stage_ends(args)
-    jax.set_mesh(make_mesh(args))
-    split, axes = P("seeds"), (0, 0, None, None)  # the axes over devices; those of arguments over seeds
-    where = TrainState(agent=split, envs=P("seeds", "envs"), ring=P("seeds", None, "envs"), learner=split)
-    where = where if args.impl == "jax" else split  # warp has one device, and arrays without environments
-    of_pass = (None, 0, 0, 0, 0, None), (split, split, P())
-    fresh = partial(each_seed(args, partial(begin, args, env), (0, None), where), seed_keys)
-    iterate = each_seed(args, partial(iteration, args, env), axes, (where, P()), donate_argnums=0)
-    returns = each_seed(args, partial(evaluate, args, env), axes, P())
-    decoder_pass = each_seed(args, partial(decoder_epoch, args), *of_pass, static_argnums=0)
-    run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
-    state, meta = restore(run_dir, jax.eval_shape(fresh, 0), run)
-    hosts.assert_equal(hash(tuple(f"{args}{meta}".encode())) % 2**31, "arguments or checkpoints differ")
-    # Iterations done; the stage; epochs done of the refinement after it; its iterations recorded in the ring.
-    done, stage, epoch, recorded = (meta.get(k, 0) for k in ("done", "stage", "epoch", "recorded"))
-    start, saved_at, exact = time.time() - meta.get("wall_time", 0.0), time.time(), args.checkpoint_env_state
-    row = partial(log, run_dir, report, seed=seeds)  # to a CSV file, and as a dict to `report`
-    look = {"unit": " steps", "unit_scale": True, "mininterval": 0.5 if sys.stdout.isatty() else 30.0}
-    bar = tqdm(total=ends[-1] * size * len(seeds), initial=done * size * len(seeds), file=sys.stdout, **look)
-    evaluating, refined, place = not state, False, jax.jit(lambda state: state, out_shardings=where)
-    state = place(state) if state else fresh(0).replace(learner=None)
-    if evaluating and args.decoder_from:
-        state = place(state.replace(agent=state.agent.replace(decoder=frozen_decoder(args, env))))
-    if state.envs is None:
-        bar.write("The checkpoint has no environments: fresh episodes, and decoder data from here on only.")
-        state, recorded = state.replace(envs=fresh(10**6 + done).envs), 0  # no stage has that index
-    state = state.replace(ring=fresh(0).ring) if state.ring is None else state
-    ok = stage == len(ends) - 1 or (recorded + ends[stage] - done) * size >= args.decoder_batch_size
-    require(ok, "resume", run_dir, "a run with decoder data in its checkpoint, to add a stage")
-    write_args(args, run_dir)
-    while True:
-        step, mine = done * size, [sum(caught[:1]), time.time() - saved_at > 60 * args.checkpoint_minutes]
-        stopping, late = hosts.process_allgather(np.array(mine)).max(0).tolist()  # all agree
-        caught += [stopping] * (stopping > 0 and not caught)
-        if evaluating:
-            r = np.asarray(returns(state.agent, seed_keys, 2 * done, True))
-            stats = {f"return_{name}": getattr(r, name)(1) for name in ("mean", "std", "min", "max")}
-            row("eval", step=step, stage=stage, **stats, wall_time=time.time() - start)
-            bar.write(f"step {step:,}, stage {stage}: return {r.mean(1).round(1)} +- {r.std(1).round(1)}")
-            bar.set_postfix_str(f"return {r.mean():.1f}")
-        if evaluating or refined or stopping or late:
-            saved_at, refined, left = time.time(), False, (ends[stage] - done) * size
-            # No ring while the stage's rest overwrites all of it; a rest without one must fill a batch.
-            if exact or left >= args.decoder_batch_size or done == ends[-1]:
-                no = ["envs"] * (not exact) + ["ring"] * (not exact or left >= args.decoder_buffer_size)
-                at = {"run": run, "done": done, "stage": stage, "epoch": epoch, "recorded": recorded}
-                name, at["wall_time"] = f"{step:012}_{stage:02}_{epoch:06}", saved_at - start
-                save_state(run_dir, name, state.replace(**dict.fromkeys(no)), **at)  # no name keeps the ring
-        if stopping or done == ends[-1]:
-            return hosts.sync_global_devices("saved") or done == ends[-1]
-        if done < ends[stage]:  # Phase 1 of Algorithm 1
-            began, (state, metrics) = time.time(), iterate(state, seed_keys, done, (stage, recorded))
-            metrics, done, recorded = jax.device_get(metrics), done + 1, recorded + 1
-            clock = {"sps": size * len(seeds) / (time.time() - began), "wall_time": time.time() - start}
-            row("train", step=done * size, stage=stage, **clock, **metrics, iteration=done)
-            bar.update(size * len(seeds))
-            if done in ends or done * size // 60_000_000 > step // 60_000_000:
-                save_arrays(run_dir / "checkpoints" / f"policy_{done * size}.npz", state.agent.policy())
-            evaluating = done in ends or done * size // args.eval_every > step // args.eval_every
-            continue
-        pairs = min(recorded * size, state.ring["reward"][0].size)  # Phase 2, an epoch of it
-        if epoch == 0:
-            decoder, opt = jax.jit(lambda i: fresh(i).learner, out_shardings=split)(stage + 1)  # no ring
-            net = decoder["net"] if args.decoder_from_scratch else state.agent.decoder["net"]
-            decoder = {"net": net, "stats": jax.tree.map(jnp.copy, state.agent.stats)}  # both get donated
-            state = state.replace(learner=(decoder, opt))
-        index = (stage + 1) * args.decoder_epochs + epoch
-        *learner, loss = decoder_pass(pairs, *state.learner, state.ring, seed_keys, index)
-        row("decoder", stage=stage + 1, epoch=epoch, loss=loss)
-        state, epoch, evaluating = state.replace(learner=tuple(learner)), epoch + 1, False
-        bar.set_postfix_str(f"decoder {stage + 1}, epoch {epoch}/{args.decoder_epochs}")
-        if refined := epoch == args.decoder_epochs:  # the next stage: the encoder starts again at N(0, I)
-            mean = jax.jit(lambda x, n=pairs: x.reshape(len(seeds), -1)[:, :n].mean(1), out_shardings=P())
-            state, reward = state.replace(ring=None), mean(state.ring["reward"])  # before there is a new ring
-            new = fresh(stage + 1)
-            agent = start_stage(args, state.agent, learner[0], new.agent)
-            r = [np.asarray(returns(a, seed_keys, 2 * done + 1, False)).mean(1) for a in (state.agent, agent)]
-            data = {"pairs": pairs, "reward_mean": reward, "return_before": r[0], "return_after": r[1]}
-            row("refine", step=step, stage=stage + 1, **data)  # returns: of the same initial states and noise
-            bar.write(f"decoder {stage + 1}: stochastic return {r[0].round(1)} before, {r[1].round(1)} after")
-            state, stage, epoch, recorded = new.replace(agent=agent, learner=None), stage + 1, 0, 0
-def frozen_decoder(args: Args, env: MjxEnv) -> Any:
-    """--decoder-from's RUN_DIR:STAGE: these seeds' decoders (K, ...) there, saved before a refinement."""
-    run_dir, _, stage = args.decoder_from.rpartition(":")
-    with suppress(Exception):  # whatever a damaged file does, the message below says what was looked for
-        of, at = load_args(run_dir), np.arange(args.seed, args.seed + args.num_seeds)
-        done = dict(enumerate(stage_ends(of)))[int(stage)]
-        step = done * of.batch_size * of.num_minibatches * of.unroll_length
-        agents = load_agents(of, env, Path(run_dir) / "checkpoints" / f"policy_{step}.npz")
-        same = (of.env_id, of.decoder_steps, of.decoder_from) == (args.env_id, args.decoder_steps, None)
-        if same and of.seed <= args.seed:
-            return jax.tree.map(lambda x: x[at - of.seed], agents.decoder)
-    takes = f"RUN_DIR:STAGE, a finished stage (0, 1, ...) of a {Path(__file__).name} run on {args.env_id}"
-    takes += f" with --decoder-steps {args.decoder_steps}, seeds {at} and decoders of its own"
-    require(False, "decoder_from", args.decoder_from, takes)
-def stage_ends(args: Args) -> list[int]:
-    """Iterations done when each stage ends: cumulative budgets, rounded to iterations in integers."""
-    size = args.batch_size * args.num_minibatches * args.unroll_length
-    return [(2 * budget + size) // (2 * size) for budget in accumulate(args.stage_timesteps)]
-def check(args: Args) -> None:
-    """Checks every argument, before anything compiles."""
-    check_common(args)
-    require(args.decoder_steps > 1, "decoder_steps", args.decoder_steps, "at least 2: one forgets the latent")
-    if args.decoder_from is not None and args.resume is None:
-        frozen_decoder(args, make_env(args))
-    size, stages = args.batch_size * args.num_minibatches * args.unroll_length, args.stage_timesteps
-    for m, (start, end) in enumerate(pairwise([0, *stage_ends(args)])):
-        require(m == 0 or args.decoder_from is None, "stage_timesteps", stages, "one, with --decoder-from")
-        takes = f"at least one iteration, {size} steps, a stage (a lower --batch-size makes it shorter)"
-        require(end > start, "--stage-timesteps, --total-timesteps", f"{stages[m]} for stage {m}", takes)
-        got, capacity = args.decoder_batch_size, args.decoder_buffer_size // args.num_envs * args.num_envs
-        pairs, name = min((end - start) * size, capacity), "--decoder-batch-size, --decoder-buffer-size"
-        require(got <= pairs, name, got, f"a batch of at most the {pairs} pairs that stage {m} records")
-def parse_args() -> Args:
-    """Arguments: the command line's over the preset's, or over those of the run that is resumed."""
-    args = tyro.cli(Args)
-    preset = replace(Args(preset=args.preset), **CPU_PRESET if args.preset == "cpu" else {})
-    base = preset if args.resume is None else load_args(args.resume)
-    require(base is not None, "resume", args.resume, f"a run of {Path(__file__).name}, with its args.json")
-    no = -(2**63)  # not given: budgets are checked against each other, and may grow on resuming
-    new = tyro.cli(Args, default=replace(base, resume=args.resume, total_timesteps=no, stage_timesteps=(no,)))
-    stages, total = new.stage_timesteps, new.total_timesteps
-    sixths = [(base.total_timesteps if total == no else total) * n // 6 for n in (0, 2, 4, 5, 6)]  # App. E.4
-    old = base.stage_timesteps or tuple(b - a for a, b in pairwise(sixths[: 2 if new.decoder_from else 5]))
-    stages = (*old[:-1], old[-1] + max(0, total - sum(old))) if stages == (no,) else stages
-    ok, takes = total == no or 0 < total == sum(stages), "a number above 0, the sum of all stages' steps"
-    require(ok, "total_timesteps", total, f"{takes} ({sum(stages)}; resuming, that or more)")
-    args = replace(new, stage_timesteps=stages, total_timesteps=sum(stages))
-    for k, stored in asdict(replace(base, distributed=new.distributed)).items() if args.resume else ():
-        ok = getattr(args, k) == stored or k.startswith(("track", "wandb", "checkpoint", "total", "resume"))
-        ok |= "stage" in k and stages[: len(old) - 1] == old[:-1] and stages[len(old) - 1 :] >= old[-1:]
-        require(ok, k, getattr(args, k), f"the resumed run's, {stored} (a budget may be longer)")
-    return args
-# --- shared: run directory, main ---
-def make_run_dir(args: "Args") -> Path:
-    """Creates runs/<env-id>__<exp-name>__<seed>__<unix time>/, exclusively (on collision -2, -3, ...)."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    for n in count(1):
-        run_dir = Path(args.runs_dir) / (name if n == 1 else f"{name}-{n}")
-        try:
-            _ = jax.process_index() or (run_dir / "checkpoints").mkdir(parents=True)  # by the first only
-            made = hosts.broadcast_one_to_all(np.frombuffer(bytes(run_dir).ljust(4096), np.uint8))
-            return Path(os.fsdecode(bytes(made)).rstrip())
-        except OSError as error:
-            require(run_dir.exists(), "runs_dir", f"{args.runs_dir}, {error.strerror}", "a writable folder")
-def write_file(path: Path, write: Any) -> None:
-    """A file by write(file), aside, then renamed, by the first process only."""
-    if jax.process_index() == 0:
-        with (aside := path.with_name("unfinished.tmp")).open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-def write_args(args: "Args", run_dir: Path) -> None:
-    """args.json: the arguments and, as "versions", what else a rerun needs to give the same numbers."""
-    failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "mujoco", "mujoco-mjx", "playground", "warp-lang")
-    versions = {name: metadata.version(name) for name in packages} | {"python": sys.version.split()[0]}
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit, "device": device}
-    text = json.dumps(asdict(args) | {"versions": versions}, indent=1)
-    write_file(run_dir / "args.json", lambda file: file.write(text.encode()))
-def load_args(run_dir: str) -> "Args | None":
-    """The arguments of a run of this script; None if it is none."""
-    with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        stored = json.loads((Path(run_dir) / "args.json").read_text())
-        if stored.pop("versions")["script"] == Path(__file__).name:
-            return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-def log(run_dir: Path, report: Any, name: str, **columns: Any) -> None:
-    """A row a seed to a CSV file, and reported; FloatingPointError if a loss or a gradient is not finite."""
-    table = np.column_stack([np.broadcast_to(v, len(columns["seed"])) for v in columns.values()])
-    formats = ["%d" if np.asarray(v).dtype.kind in "iu" else "%.7g" for v in columns.values()]
-    with (Path(os.devnull) if jax.process_index() else run_dir / f"{name}.csv").open("a") as file:
-        np.savetxt(file, table, formats, ",", header="" if file.tell() else ",".join(columns), comments="")
-    for row in (dict(zip(columns, numbers, strict=True)) for numbers in table.tolist()):
-        report({k if k == "step" else f"{name}/{k}/seed_{row['seed']:.0f}": v for k, v in row.items()})
-        if bad := [k for k in row if ("loss" in k or "norm" in k or "std" in k) and not np.isfinite(row[k])]:
-            at = [f"{k} {row[k]:.0f}" for k in ("seed", "iteration", "stage", "epoch") if k in row]
-            raise FloatingPointError(f"{', '.join(at)}: {', '.join(bad)} not finite")
-def save_arrays(path: Path, tree: Any, **meta: Any) -> None:
-    """An .npz file of the tree's leaves by name (checksums, no pickle); by all processes, as it gathers."""
-    leaves = {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree.leaves_with_path(tree)}
-    write_file(path, partial(np.savez, meta=json.dumps(meta), **hosts.process_allgather(leaves, tiled=True)))
-def load_arrays(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
-    """The tree `like`, of shapes and types, from a file, and the file's meta; ValueError if they differ."""
-    def load(name: tuple, leaf: Any) -> np.ndarray:
-        array = file[name := jax.tree_util.keystr(name)]
-        if (array.shape, array.dtype) != (leaf.shape, leaf.dtype):
-            raise ValueError(f"{name} is {array.dtype}{array.shape}, not {leaf.dtype}{leaf.shape}")
-        return array
+
+def init_state(args: Args, env: Any, key: Array, stage: Any) -> State:
+    """Untrained networks, and environments that have just been reset."""
+    agent_key, reset_key, key = jax.random.split(jax.random.fold_in(key, stage), 3)
+    agent = init_agent(args, env, agent_key)
+    envs = reset_envs(env, args.num_envs, reset_key)
+    n = args.decoder_buffer_size
+    obs, u = jnp.zeros((n, env.observation_size)), jnp.zeros((n, env.action_size))
+    return State(agent, envs, Pairs(obs, u, jnp.zeros(n)), key)
+
+
+def iteration(args: Args, env: Any, state: State, clip_eps: Any) -> tuple[State, dict]:
+    """Rollout and PPO update of one seed, and metrics."""
+    key, rollout_key, update_key = jax.random.split(state.key, 3)
+    envs, steps = rollout(args, env, state.agent, state.envs, rollout_key)
+    unrolls = as_unrolls(args, state.agent.stats, steps, envs)
+    agent, metrics = update(args, state.agent, unrolls, clip_eps, update_key)
+    # Not before: rollout and update see the same statistics, so that ratios start at 1.
+    agent = agent._replace(stats=merge_stats(agent.stats, steps.obs))
+
+    def append(old, new):
+        return jnp.concatenate([old, new.reshape(-1, *old.shape[1:])])[-len(old) :]
+
+    recent = jax.tree.map(append, state.recent, Pairs(steps.obs, steps.u, steps.reward))
+    metrics |= {"reward_mean": steps.reward.mean(), "nan_resets": steps.broken.sum()}
+    metrics |= {"u_std": steps.u.std(), "u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
+    metrics |= {"latent_beyond_3": (jnp.abs(steps.latent) > 3).mean()}
+    return State(agent, envs, recent, key), metrics
+
+
+# === Phase 2: decoder refinement ==================================================================
+def denoising_loss(
+    params: Any, args: Args, decoder: Network, obs: Array, u: Array, key: Array
+) -> Array:
+    """Eq. 17, its t weighted by 1 / alpha_bar_t, with 8 draws a pair of t and of fresh noise."""
+    t_key, noise_key = jax.random.split(key)
+    obs, u = jnp.repeat(obs[:, None], 8, axis=1), jnp.repeat(u[:, None], 8, axis=1)
+    t = jax.random.randint(
+        t_key, u.shape[:-1], 1, args.decoder_steps + 1
+    )  # at 0, there is no noise
+    noise = jax.random.normal(noise_key, u.shape)
+    phi = noise_angles(args.decoder_steps)[t][..., None]
+    a = jnp.cos(phi) * u + jnp.sin(phi) * noise
+    v = decoder.apply_fn(params, obs, a, t / args.decoder_steps)
+    return jnp.square(v - (jnp.cos(phi) * noise - jnp.sin(phi) * u)).sum(-1).mean()
+
+
+def decoder_epoch(args: Args, decoder: Network, stats: RunningStats, pairs: Pairs, key: Array):
+    """One shuffled pass over pairs (n, ...): the decoder after it, and its mean loss."""
+    rows_key, loss_key = jax.random.split(key)
+    batches = len(pairs.u) // args.decoder_batch_size
+    rows = jax.random.permutation(rows_key, len(pairs.u))[: batches * args.decoder_batch_size]
+
+    def minibatch_step(decoder, x):
+        rows, key = x
+        batch = normalize(stats, pairs.obs[rows]), pairs.u[rows], key
+        loss, grads = jax.value_and_grad(denoising_loss)(decoder.params, args, decoder, *batch)
+        return decoder.apply_gradients(grads=grads), loss
+
+    xs = rows.reshape(batches, -1), jax.random.split(loss_key, batches)
+    decoder, losses = jax.lax.scan(minibatch_step, decoder, xs)
+    return decoder, losses.mean()
+
+
+def next_stage(state: State, decoder: Network, fresh: State) -> State:
+    """The encoder restarts as exactly N(0, I) (section 3.2); critic and statistics carry on."""
+    stats = jax.tree.map(jnp.copy, state.agent.stats)
+    agent = state.agent._replace(encoder=fresh.agent.encoder, decoder=decoder, decoder_stats=stats)
+    return fresh._replace(agent=agent)
+
+
+# === Files ========================================================================================
+# --- shared: files, seeds ---
+def log(args: "Args", run_dir: Path, table: str, **columns: Any) -> None:
+    """Appends a row a seed to RUN_DIR/<table>.csv; columns are numbers, or arrays (K,)."""
+    with (run_dir / f"{table}.csv").open("a") as file:
+        if file.tell() == 0:
+            print("seed", *columns, sep=",", file=file)
+        for i in range(args.num_seeds):
+            row = {name: np.broadcast_to(x, args.num_seeds)[i] for name, x in columns.items()}
+            print(args.seed + i, *row.values(), sep=",", file=file)
+            if args.track:
+                sys.modules["wandb"].log({f"{table}/seed_{args.seed + i}": row})
+
+
+def save_arrays(args: "Args", path: Path, tree: Any, **meta: Any) -> None:
+    """A tree's leaves and `meta` in an .npz file, which has checksums; never half of it."""
+    meta["run"] = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
+    unfinished = path.with_name("unfinished.tmp")
+    with unfinished.open("wb") as file:
+        np.savez(file, *jax.device_get(jax.tree.leaves(tree)), meta=json.dumps(meta))
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def load_arrays(args: "Args", path: Path, like: Any) -> tuple[Any, dict]:
+    """Tree and meta of a file; ValueError unless it is this run's and has the shapes of `like`."""
     with np.load(path, allow_pickle=False) as file:
         meta = json.loads(str(file["meta"]))
-        return jax.tree.map_with_path(load, like.replace(**dict.fromkeys(meta.get("without", [])))), meta
-def save_state(run_dir: Path, name: str, state: Any, **meta: Any) -> None:
-    """A checkpoint to resume from, without parts that are None; it and the newest before it are kept."""
-    meta["bytes"] = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
-    meta["without"] = [name for name, part in vars(state).items() if part is None]
-    save_arrays(run_dir / "checkpoints" / f"state_{name}.npz", state, **meta)
-    for old in () if jax.process_index() else sorted(run_dir.glob("checkpoints/state_*.npz"))[:-2]:
+        leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
+    run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
+    shapes = [x.shape for x in jax.tree.leaves(like)]
+    if meta["run"] != run or [x.shape for x in leaves] != shapes:
+        raise ValueError(f"it is of {meta['run']}, or has arrays of other sizes")
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
+
+
+def save_checkpoint(args: "Args", run_dir: Path, state: Any, **progress: Any) -> None:
+    """All that the rest of a run depends on, and how long its logs are; the newest two are kept."""
+    logs = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
+    path = run_dir / f"checkpoints/state_{progress['done']:09}_{progress['stage']:02}.npz"
+    save_arrays(args, path, state, logs=logs, **progress)
+    for old in sorted(path.parent.glob("state_*.npz"))[:-2]:
         old.unlink()
-def restore(run_dir: Path, like: Any, run: list[Any]) -> tuple[Any, dict[str, Any]]:
-    """State and meta of the newest good checkpoint, if there is one; CSV files lose what came after."""
-    sizes = {path.name: path.stat().st_size for path in run_dir.glob("*.csv") if path.stem in TABLES}
-    for i, file in enumerate(files := sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True)):
+
+
+def load_checkpoint(args: "Args", run_dir: Path, like: Any) -> tuple[Any, dict]:
+    """State (None if there was none yet) and progress; the logs lose the rows that came later."""
+    state, progress, bad = None, {"logs": {}, "done": 0, "stage": 0, "wall_time": 0.0}, []
+    for path in sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True):
         try:
-            state, meta = load_arrays(file, like)
-            if meta["run"] == run and all(sizes.get(k, 0) >= n for k, n in meta["bytes"].items()):
-                break
-            raise ValueError(f"it is of {meta['run']}, or CSV files have lost rows since")
+            state, progress = load_arrays(args, path, like)
+            break
+        except Exception as error:  # zipfile, zlib and NumPy have exceptions of their own
+            print(f"{path} is no good ({error}); trying the one before", file=sys.stderr)
+            bad.append(path)
+    # The first checkpoint is older than the first row of train.csv.
+    lost = state is None and (bad or (run_dir / "train.csv").exists())
+    require(not lost, "resume", run_dir, "a run with a good checkpoint")
+    for path in bad:
+        path.replace(path.with_suffix(".bad"))
+    for path in [run_dir / f"{table}.csv" for table in ("eval", "train", "decoder", "refine")]:
+        if path.exists():
+            os.truncate(path, progress["logs"].get(path.name, 0))
+    return state, progress
+
+
+def make_run_dir(args: "Args", device: str) -> Path:
+    """Creates RUNS_DIR/<env-id>__<exp-name>__<seed>__<unix time>/ with args.json in it."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.runs_dir) / name
+    git = f'git -C "{Path(__file__).parent}" describe --always --dirty'
+    versions = {"script": Path(__file__).name, "git_commit": subprocess.getoutput(git)}
+    versions |= {"device": device, "python": sys.version.split()[0]}
+    versions |= {package.name: package.version for package in metadata.distributions()}
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True)
+        stored = json.dumps(asdict(args) | {"versions": versions}, indent=1)
+        (run_dir / "args.json").write_text(stored)
+    except OSError as error:
+        require(False, "runs_dir", f"{args.runs_dir} ({error})", "a folder to write to")
+    return run_dir
+
+
+def load_args(run_dir: str | Path) -> "Args":
+    stored = json.loads((Path(run_dir) / "args.json").read_text())
+    if stored.pop("versions")["script"] != Path(__file__).name:
+        raise ValueError("it is another script's")
+    return Args(**{k: tuple(x) if isinstance(x, list) else x for k, x in stored.items()})
+
+
+def load_agents(args: "Args", env: Any, path: str | Path) -> Any:
+    """All seeds' agents (K, ...), as far as acting needs them, from a policy file."""
+    init = jax.vmap(lambda key: policy_part(init_agent(args, env, key)))
+    keys = jax.ShapeDtypeStruct((args.num_seeds, 2), np.uint32)
+    return load_arrays(args, Path(path), like=jax.eval_shape(init, keys))[0]
+
+
+def load_policy(run_dir: str | Path, step: int | None = None, seed: int | None = None) -> Callable:
+    """A saved policy (obs, key, deterministic=False) -> u, by default the first seed's last one.
+
+    Observations are raw, (..., obs_dim); the action is tanh(u). KeyError if there is no such file.
+    """
+    args = load_args(run_dir)
+    files = {int(p.stem[7:]): p for p in Path(run_dir).glob("checkpoints/policy_*.npz")}
+    agents = load_agents(args, make_env(args), files[max(files) if step is None else step])
+    index = 0 if seed is None else seed - args.seed
+    agent = jax.tree.map(lambda x: x[range(args.num_seeds)[index]], agents)
+    return jax.jit(
+        lambda obs, key, deterministic=False: act(args, agent, obs, key, deterministic)[0]
+    )
+
+
+def progress_bar(args: "Args", total: int, done: int) -> tqdm:
+    """Counts environment steps of all seeds."""
+    counts = {"total": args.num_seeds * total, "initial": args.num_seeds * done}
+    bar = tqdm(**counts, unit=" steps", unit_scale=True, file=sys.stdout)
+    bar.set_description("compiling")
+    return bar
+
+
+def over_seeds(args: "Args", f: Callable, in_axes: tuple, **options: Any) -> Callable:
+    """Compiles f for all seeds: `vmap`, and on as many local devices as can share them evenly."""
+    num_devices = math.gcd(args.num_seeds, jax.local_device_count())
+    mesh = Mesh(np.array(jax.local_devices()[:num_devices]), ("seeds",))
+    specs = tuple(P() if axis is None else P("seeds") for axis in in_axes)
+    mapped = jax.vmap(f, in_axes)
+    mapped = jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=P("seeds"), check_vma=False)
+    return jax.jit(mapped, **options)
+
+
+# --- end shared ---
+
+
+# === Training =====================================================================================
+def train(args: Args, env: Any, run_dir: Path) -> None:
+    """Algorithm 1, from the newest checkpoint on."""
+    init = over_seeds(args, partial(init_state, args, env), (0, None))
+    iterate = over_seeds(args, partial(iteration, args, env), (0, None), donate_argnums=0)
+    evaluate_seeds = over_seeds(args, partial(evaluate, args, env), (0, 0, None, None))
+    refine = over_seeds(args, partial(decoder_epoch, args), (0, 0, 0, 0))
+    fold_in = jax.vmap(jax.random.fold_in, (0, None))
+    keys = jax.vmap(jax.random.PRNGKey)(np.arange(args.num_seeds) + args.seed)
+    init_keys, eval_keys, decoder_keys = (fold_in(keys, purpose) for purpose in range(3))
+
+    state, progress = load_checkpoint(args, run_dir, like=jax.eval_shape(init, init_keys, 0))
+    done = progress["done"]  # iterations
+    size = args.steps_per_iteration
+    start_time = time.time() - progress["wall_time"]
+    save_time = time.time()
+    bar = progress_bar(args, args.stage_ends[-1] * size, done * size)
+    stop_signals = []  # SIGTERM, which schedulers send
+    signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
+
+    def returns(deterministic):  # (K, eval_envs)
+        return jax.device_get(evaluate_seeds(state.agent, eval_keys, done * size, deterministic))
+
+    def log_returns(stage):
+        r = returns(deterministic=True)
+        row = {"return_mean": r.mean(1), "return_std": r.std(1), "return_min": r.min(1)}
+        row |= {"return_max": r.max(1), "wall_time": time.time() - start_time}
+        log(args, run_dir, "eval", step=done * size, stage=stage, **row)
+        bar.write(f"step {done * size:,}, stage {stage}: return {r.mean(1).round(1)}")
+
+    def save(stage):
+        wall_time = time.time() - start_time
+        save_checkpoint(args, run_dir, state, done=done, stage=stage, wall_time=wall_time)
+        return time.time()
+
+    if state is None:
+        state = init(init_keys, 0)
+        if args.decoder_from:
+            state = state._replace(agent=with_decoder_from(args, env, state.agent))
+        log_returns(stage=0)
+        save_time = save(stage=0)
+    for stage in range(progress["stage"], len(args.stage_timesteps)):
+        # Phase 1: PPO on the latent policy; the decoder is frozen.
+        clip_eps = args.clip_eps[min(stage, len(args.clip_eps) - 1)]
+        while done < args.stage_ends[stage]:
+            start = time.time()
+            state, metrics = iterate(state, clip_eps)
+            metrics = jax.device_get(metrics)
+            sps = args.num_seeds * size / (time.time() - start)
+            done += 1
+            log(args, run_dir, "train", step=done * size, stage=stage, sps=sps, **metrics)
+            bar.set_description(f"stage {stage}")
+            bar.update(args.num_seeds * size)
+            norms = metrics["grad_norm_encoder"] + metrics["grad_norm_critic"]
+            if not np.isfinite(metrics["loss"] + norms).all():
+                raise FloatingPointError(f"iteration {done}: loss or gradient is not finite")
+
+            stage_ends = done == args.stage_ends[stage]
+            if stage_ends or done * size % args.eval_every < size:
+                log_returns(stage)
+            if stage_ends:
+                path = run_dir / f"checkpoints/policy_{done * size}.npz"
+                save_arrays(args, path, policy_part(state.agent))
+            late = time.time() - save_time > 60 * args.checkpoint_minutes
+            if stage_ends or late or stop_signals:
+                save_time = save(stage)
+            if stop_signals:
+                raise SystemExit(128 + signal.SIGTERM)
+        if stage == len(args.stage_timesteps) - 1:
+            break
+
+        # Phase 2: the decoder learns to turn N(0, I) into the recent u; the encoder is frozen.
+        stage_start = [0, *args.stage_ends][stage]
+        num_pairs = min((done - stage_start) * size, args.decoder_buffer_size)
+        pairs = Pairs(*[x[:, -num_pairs:] for x in state.recent])
+        fresh = init(init_keys, stage + 1)
+        decoder = fresh.agent.decoder.replace(params=state.agent.decoder.params)
+        for epoch in range(args.decoder_epochs):
+            keys = fold_in(fold_in(decoder_keys, stage), epoch)
+            decoder, loss = refine(decoder, state.agent.stats, pairs, keys)
+            log(args, run_dir, "decoder", stage=stage + 1, epoch=epoch, loss=jax.device_get(loss))
+            bar.set_description(f"decoder {stage + 1}, epoch {epoch}")
+            if not np.isfinite(loss).all():
+                raise FloatingPointError(f"decoder {stage + 1}, epoch {epoch}: loss is not finite")
+            if stop_signals:
+                raise SystemExit(128 + signal.SIGTERM)
+
+        row = {"pairs": num_pairs, "reward_mean": jax.device_get(pairs.reward.mean(axis=1))}
+        row["return_before"] = returns(deterministic=False).mean(1)
+        row["deterministic_before"] = returns(deterministic=True).mean(1)
+        state = next_stage(state, decoder, fresh)
+        row["return_after"] = returns(deterministic=False).mean(1)
+        row["deterministic_after"] = returns(deterministic=True).mean(1)
+        log(args, run_dir, "refine", step=done * size, stage=stage + 1, **row)
+        save_time = save(stage + 1)
+    bar.close()
+
+
+def with_decoder_from(args: Args, env: Any, agent: Agent) -> Agent:
+    try:
+        given = load_agents(args, env, args.decoder_from)
+    except Exception as error:
+        takes = f"a policy file of {Path(__file__).name}, {args.env_id} and these seeds"
+        require(False, "decoder_from", f"{args.decoder_from} ({error})", takes)
+    decoder = agent.decoder.replace(params=given.decoder.params)
+    return agent._replace(decoder=decoder, decoder_stats=given.decoder_stats)
+
+
+def parse_args() -> Args:
+    """The command line's arguments, over those of the preset or of the run that is resumed."""
+    args, given = parse_common()
+    total = sum(args.stage_timesteps)
+    if total == 0:
+        ends = [args.total_timesteps * n // 6 for n in (0, 2, 4, 5, 6)]
+        args = replace(args, stage_timesteps=tuple(np.diff(ends).tolist()))
+    elif total != args.total_timesteps:
+        takes = f"the sum of --stage-timesteps, {total}"
+        require("--total-timesteps" not in given, "total_timesteps", args.total_timesteps, takes)
+        args = replace(args, total_timesteps=total)
+    args.check()
+    return args
+
+
+# --- shared: command line ---
+def parse_common() -> tuple["Args", set[str]]:
+    args = tyro.cli(Args)
+    given = {word.split("=")[0].replace("_", "-") for word in sys.argv[1:] if word[:2] == "--"}
+    default = replace(Args(preset=args.preset), **CPU_PRESET if args.preset == "cpu" else {})
+    if args.resume is not None:
+        tracking = {"--track", "--no-track", "--wandb-project-name", "--wandb-entity"}
+        others = given - tracking - {"--resume"}
+        takes = "only arguments of tracking beside it"
+        require(not others, "resume", " ".join(others), takes)
+        try:
+            default = replace(load_args(args.resume), resume=args.resume)
         except Exception as error:
-            print(f"{files[i]}: damaged or another run's ({error}); trying the one before", file=sys.stderr)
-    else:  # a run's first checkpoint is older than the first row of train.csv
-        require(not files and "train.csv" not in sizes, "resume", run_dir, "a run with a good checkpoint")
-        i, state, meta = 0, None, {"bytes": {}}
-    for bad in () if jax.process_index() else files[:i]:
-        bad.replace(bad.with_suffix(".bad"))  # or it might be taken later, beside other rows than its own
-    for name in () if jax.process_index() else sizes:
-        os.truncate(run_dir / name, meta["bytes"].get(name, 0))
-    return state, meta
-def track(args: "Args", run_dir: Path, rows: SimpleQueue) -> None:
-    """A thread's work: rows to Weights & Biases until None comes, offline once that fails; nobody waits."""
-    os.environ.setdefault("WANDB_SILENT", "true")  # it would ask for a login
-    row, about = rows.get(), {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
-    caps = {"init_timeout": 20, "finish_timeout": 20, "x_transaction_log_flush_interval": 1, "console": "off"}
-    about |= {"id": run_dir.name, "name": run_dir.name, "config": asdict(args), "settings": caps}
-    for mode in (None, "offline") if row else ():  # None: as WANDB_MODE says
+            require(False, "resume", f"{args.resume} ({error})", f"a run of {Path(__file__).name}")
+    return tyro.cli(Args, default=default), given
+
+
+def main() -> None:
+    args = parse_args()
+    # Ctrl-C ends a run at once, inside compiled code, too: a run that is killed resumes exactly.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    env = make_env(args)
+    device = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
+    run_dir = Path(args.resume or make_run_dir(args, device))
+    resume = f"python {sys.argv[0]} --resume {run_dir}"
+    print(f"{args.env_id}: {args.num_seeds} x {args.total_timesteps:,} steps on {device}")
+    print(f"Run directory: {run_dir}\nWhatever stops it, go on with: {resume}", flush=True)
+    if args.track:
+        about = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
         try:
             import wandb
-            wandb.init(resume="allow", mode=mode, **about).define_metric("*", step_metric="step")
-            while row is not None:
-                wandb.log(row)
-                row = rows.get()
-            return wandb.teardown()
-        except Exception as error:
-            print(f"Weights & Biases: {error}; rows go to {run_dir}/wandb, if that works", file=sys.stderr)
-            with suppress(BaseException):
-                wandb.teardown()  # or the id stays in use
-def load_agents(args: "Args", env: MjxEnv, file: Path) -> Any:
-    """All seeds' agents (K, ...), without critics, from a policy file of a run with these arguments."""
-    init, keys = partial(init_agent, args, env.observation_size, env.action_size), (args.num_seeds, 2)
-    like = jax.eval_shape(jax.vmap(lambda key: init(key).policy()), jax.ShapeDtypeStruct(keys, np.uint32))
-    return load_arrays(file, like)[0]
-def load_policy(run_dir: str, step: int | None = None, seed: int | None = None) -> Any:
-    """A policy f(obs, key, deterministic=False) -> u, of raw observations (..., obs_dim); it acts tanh(u).
-    By default it is the last step's, of the run's first seed. ValueError if the run has no such policy."""
-    if (args := load_args(run_dir)) is None:
-        raise ValueError(f"{run_dir} is not a run of {Path(__file__).name}, with its args.json")
-    files = {int(f.stem.split("_")[1]): f for f in Path(run_dir).glob("checkpoints/policy_*.npz")}
-    seeds, seed = range(args.seed, args.seed + args.num_seeds), args.seed if seed is None else seed
-    step = max(files, default=None) if step is None else step
-    if step not in files or seed not in seeds:
-        raise ValueError(f"{run_dir} has no step {step}, seed {seed}, but steps {sorted(files)}, {seeds}")
-    agents = load_agents(args, make_env(args), files[step])
-    agent = jax.tree.map(lambda x: x[seeds.index(seed)], agents)
-    policy = jax.jit(lambda obs, key, deterministic=False: act(args, agent, obs, key, deterministic)[0])
-    return jax.default_matmul_precision("highest")(policy)
 
-def main() -> int:
-    args, caught, rows = parse_args(), [], SimpleQueue()
-    if args.distributed is not None:  # before devices are used; the first process alone writes and prints
-        limits = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 55}
-        try:
-            jax.distributed.initialize(*args.distributed[:1], *map(int, args.distributed[1:]), **limits)
+            run = wandb.init(id=run_dir.name, resume="allow", config=asdict(args), **about)
         except Exception as error:
-            takes = "none in a job of Slurm, Open MPI or Kubernetes, or HOST:PORT NUMBER ID (HOST's is 0)"
-            require(False, "distributed", f"{' '.join(args.distributed)} ({error!r})", takes)
-        os.dup2(os.open(os.devnull, os.O_WRONLY) if jax.process_index() else 1, 1)
-    many = "" if args.distributed is None else " ".join(["", "--distributed", *args.distributed])
-    check(args := replace(args, distributed=None))  # where a run runs is not a property of it
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "jax"
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)))
-    jax.config.update("jax_default_matmul_precision", "highest")  # for physics; GPUs default to less
-    def stop(number: int, _: Any) -> None:
-        os._exit(128 + number) if caught and number == signal.SIGINT else caught.append(number)
-        print("Stopping after this iteration or epoch; another Ctrl-C stops at once.", file=sys.stderr)
-    _ = signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
-    make_mesh(args)  # before the run has a directory: it checks that devices and memory fit
-    run_dir = Path(args.resume).resolve() if args.resume else make_run_dir(args)
-    (tracker := Thread(target=track, args=(args, run_dir, rows), daemon=True)).start()
-    n, device = args.num_seeds, f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    print(f"{args.env_id}, {n} seed(s) from {args.seed}, {args.total_timesteps:,} steps, {device}; {run_dir}")
-    if jax.default_backend() == "cpu" and args.preset != "cpu":
-        print(f"On a CPU: {args.total_timesteps * n / 1.8e7:.0f} hours at 5000 steps/s. See --preset cpu.")
-    resume = f"go on with: {sys.executable} {sys.argv[0]} --resume {run_dir}{many}"
-    def work() -> int:  # it reports errors itself, as they may hold locks
-        try:
-            end = train(args, run_dir, caught, rows.put if args.track and not jax.process_index() else bool)
-            print(f"finished: {run_dir}" if end else f"stopped by {signal.Signals(caught[0]).name}; {resume}")
-            return 0 if end else 128 + caught[0]
-        except (OSError, FloatingPointError, AssertionError, ValueError, jax.errors.JaxRuntimeError) as error:
-            newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
-            print(f"{sys.argv[0]}: {error}; newest checkpoint: {newest}; {resume}", file=sys.stderr)
-            _ = isinstance(error, (AssertionError, ValueError)) and sys.excepthook(*sys.exc_info())  # a bug?
-            return 1
-        finally:
-            rows.put(None)
-            tracker.join(30)
-    with ThreadPoolExecutor(1) as pool:  # so that this thread hears signals while compiled code runs
-        return pool.submit(work).result()
+            takes = "the package wandb and a login (wandb login), or WANDB_MODE=offline"
+            require(False, "track", f"True ({error})", takes)
+        print(f"W&B: {run.url or f'offline; to upload: wandb sync {Path(run.dir).parent}'}")
+    try:
+        train(args, env, run_dir)
+    except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+        newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
+        reason = str(error).splitlines()[0]
+        text = f"{sys.argv[0]}: {reason}; newest checkpoint: {newest}; go on with: {resume}"
+        print(text, file=sys.stderr)
+        raise SystemExit(1) from None
+    print(f"Finished: {run_dir}\nCurve: python -m plotting.figure_4 --runs {run_dir}")
+    print(f"Film: python -m plotting.video {run_dir}")
+    print(f"More episodes: python -m plotting.evaluate {run_dir}")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
 # --- end shared ---
