@@ -15,7 +15,6 @@ Shapes: K seeds, N environments, T steps in an unroll, B unrolls in an iteration
 """
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -101,16 +100,17 @@ class Args:
         return [(2 * steps + size) // (2 * size) for steps in accumulate(self.stage_timesteps)]
 
     def check(self) -> None:
-        """Ends the program with one line at the first argument that cannot be right."""
-        check_common(self)
-        check_range(self, 1, 2**40, "decoder_epochs", "decoder_batch_size", "decoder_steps")
-        check_range(self, 0, 2**40, "kl_coef", "decoder_learning_rate")
+        counts = ("decoder_epochs", "decoder_batch_size", "decoder_steps")
+        check_common(self, counts, ("kl_coef", "decoder_learning_rate"))
         stages = np.diff([0, *self.stage_ends]) * self.steps_per_iteration
         takes = f"at least an iteration, {self.steps_per_iteration} steps, in each stage"
         require(min(stages) > 0, "stage_timesteps", self.stage_timesteps, takes)
-        got, most = self.decoder_batch_size, min(self.decoder_buffer_size, *stages)
+        most = min(self.decoder_buffer_size, *stages)
         takes = f"at most {most}, what --decoder-buffer-size and each stage hold"
-        require(got <= most, "decoder_batch_size", got, takes)
+        ok = self.decoder_batch_size <= most
+        require(ok, "decoder_batch_size", self.decoder_batch_size, takes)
+        found = self.decoder_from is None or Path(self.decoder_from).is_file()
+        require(found, "decoder_from", self.decoder_from, "a policy file")
 
 
 CPU_PRESET = {"env_id": "CheetahRun", "total_timesteps": 1_200_000, "eval_every": 200_000}
@@ -127,20 +127,17 @@ def require(ok: bool, argument: str, got: Any, takes: str) -> None:
         raise SystemExit(2)
 
 
-def check_range(args: "Args", low: float, high: float, *names: str) -> None:
-    for name in names:
-        got = np.ravel(getattr(args, name))
-        ok = got.size > 0 and ((low <= got) & (got <= high)).all()
-        require(ok, name, getattr(args, name), f"numbers from {low} to {high}")
-
-
-def check_common(args: "Args") -> None:
-    names = ("num_seeds", "total_timesteps", "eval_every", "eval_envs", "num_envs", "batch_size")
-    names += ("episode_length", "unroll_length", "num_minibatches", "update_epochs")
-    check_range(args, 1, 2**40, *names)
-    names = ("seed", "learning_rate", "reward_scale", "vf_coef", "ent_coef", "checkpoint_minutes")
-    check_range(args, 0, 2**30, *names)
-    check_range(args, 0, 1, "gamma", "gae_lambda", "clip_eps")
+def check_common(args: "Args", more_counts: tuple = (), more_weights: tuple = ()) -> None:
+    """Ends the program with one line at the first argument that cannot be right."""
+    counts = ("num_seeds", "total_timesteps", "eval_every", "eval_envs", "num_envs", "batch_size")
+    counts += ("episode_length", "unroll_length", "num_minibatches", "update_epochs", *more_counts)
+    weights = ("seed", "learning_rate", "reward_scale", "vf_coef", "ent_coef", *more_weights)
+    fractions = ("gamma", "gae_lambda", "clip_eps")
+    for names, low, high in ((counts, 1, 2**40), (weights, 0, 2**30), (fractions, 0, 1)):
+        for name in names:
+            got = np.ravel(getattr(args, name))
+            ok = got.size > 0 and ((low <= got) & (got <= high)).all()
+            require(ok, name, getattr(args, name), f"numbers from {low} to {high}")
     unrolls = args.batch_size * args.num_minibatches
     takes = f"a divisor of --batch-size times --num-minibatches, {unrolls}"
     require(unrolls % args.num_envs == 0, "num_envs", args.num_envs, takes)
@@ -164,7 +161,8 @@ def make_env(args: "Args") -> Any:
         config = registry.get_default_config(args.env_id)
         config.impl = args.impl  # Playground's own default is warp
         if args.impl == "warp":  # a contact buffer serves all worlds, and Playground's is for 2048
-            config.naconmax *= math.ceil(max(args.num_envs, args.eval_envs) * args.num_seeds / 2048)
+            worlds = max(args.num_envs, args.eval_envs) * args.num_seeds
+            config.naconmax *= -(-worlds // 2048)
         env = registry.load(args.env_id, config=config)
         env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # each is traced only once
         assert isinstance(env.observation_size, int), "its observation is not one flat array"
@@ -175,16 +173,16 @@ def make_env(args: "Args") -> Any:
 
 
 def reset_envs(env: Any, num_envs: int, key: Array) -> Envs:
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"):  # physics; GPUs multiply in less by default
         state = jax.vmap(env.reset)(jax.random.split(key, num_envs))
-    # Without weak types, which would go in the first step, and all be compiled again.
+    # Weak types would be gone after the first step, and everything be compiled again.
     state = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
     return Envs(state=state, first=state, steps=jnp.zeros(num_envs, jnp.int32))
 
 
 def step_envs(args: "Args", env: Any, envs: Envs, u: Array) -> tuple:
     """Applies tanh(u); next environments, and reward, terminated, truncated, broken, (N,) each."""
-    with jax.default_matmul_precision("highest"):  # physics; GPUs multiply in less by default
+    with jax.default_matmul_precision("highest"):
         state = jax.vmap(env.step)(envs.state, jnp.tanh(u))
     steps = envs.steps + 1
     # Physics that breaks, NaN or beyond 1e6, is truncated; what that step returned is dropped.
@@ -236,8 +234,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        batch_shape = x.shape[:-1]
-        x = x.reshape(-1, x.shape[-1])  # CPUs copy what has more than one batch axis
+        *batch_shape, width = x.shape
+        x = x.reshape(-1, width)  # CPUs copy what has more than one batch axis
         for size in self.sizes[:-1]:
             x = nn.silu(nn.Dense(size, kernel_init=nn.initializers.lecun_uniform())(x))
         last_init = nn.initializers.zeros if self.zero_last else nn.initializers.lecun_uniform()
@@ -353,38 +351,35 @@ def rollout(args: Args, env: Any, agent: Agent, envs: Envs, key: Array) -> tuple
 # --- shared: advantages, evaluation ---
 def as_unrolls(args: "Args", stats: RunningStats, steps: Any, envs: Envs) -> Any:
     """Steps (B / N * T, N, ...) that led to `envs`, as unrolls (B, T, ...) for the update."""
-    T = args.unroll_length
 
     def cut(x):
-        return x.reshape(-1, T, *x.shape[1:]).swapaxes(1, 2).reshape(-1, T, *x.shape[2:])
+        x = x.reshape(-1, args.unroll_length, *x.shape[1:])
+        return x.swapaxes(1, 2).reshape(-1, args.unroll_length, *x.shape[3:])
 
     # An unroll ends where the next one starts: in a new episode if the old one has ended there,
     # but then nothing is bootstrapped from it.
-    last_obs = jnp.concatenate([steps.obs[T::T], envs.state.obs[None]])
-    last_obs = last_obs.reshape(-1, 1, last_obs.shape[-1])
+    starts = steps.obs[args.unroll_length :: args.unroll_length]
+    ends = jnp.concatenate([starts, envs.state.obs[None]]).reshape(-1, 1, starts.shape[-1])
     unrolls = jax.tree.map(cut, steps)
-    obs = normalize(stats, jnp.concatenate([unrolls.obs, last_obs], axis=1))
+    obs = normalize(stats, jnp.concatenate([unrolls.obs, ends], axis=1))
     return unrolls._replace(obs=obs, reward=args.reward_scale * unrolls.reward)
 
 
 def gae(args: "Args", reward: Array, terminated: Array, truncated: Array, value: Array) -> tuple:
     """Critic targets and advantages (T, B) of unrolls with values (T + 1, B), as Brax has them.
 
-    No sum reaches beyond an episode's end. The target of a terminated step is its reward; a
-    truncated one teaches nothing: its target is its value, its advantage 0.
+    A terminated step's target is its reward. A truncated step's is its value: it teaches nothing.
     """
     discount = args.gamma * (1.0 - terminated)
     keep = 1.0 - truncated
     delta = keep * (reward + discount * value[1:] - value[:-1])
+    decay = keep * discount * args.gae_lambda
 
-    def backward(correction, x):
-        delta, decay = x
-        correction = delta + decay * correction
-        return correction, correction
+    # correction_t = delta_t + decay_t * correction_(t + 1): maps x -> delta + decay * x, composed.
+    def compose(later, earlier):
+        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
 
-    steps = delta, args.gae_lambda * discount * keep
-    # Unrolled: a GPU would start kernels for every step.
-    _, correction = jax.lax.scan(backward, 0 * value[0], steps, reverse=True, unroll=True)
+    correction, _ = jax.lax.associative_scan(compose, (delta, decay), reverse=True)
     target = value[:-1] + correction
     next_target = jnp.concatenate([target[1:], value[-1:]])
     return target, keep * (reward + discount * next_target - value[:-1])
@@ -566,14 +561,14 @@ def save_arrays(args: "Args", path: Path, tree: Any, **meta: Any) -> None:
 
 
 def load_arrays(args: "Args", path: Path, like: Any) -> tuple[Any, dict]:
-    """Tree and meta of a file; ValueError unless it is this run's and has the shapes of `like`."""
+    """Tree and meta of a file; OSError unless it is this run's and has the shapes of `like`."""
     with np.load(path, allow_pickle=False) as file:
         meta = json.loads(str(file["meta"]))
         leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
     run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
     shapes = [x.shape for x in jax.tree.leaves(like)]
     if meta["run"] != run or [x.shape for x in leaves] != shapes:
-        raise ValueError(f"it is of {meta['run']}, or has arrays of other sizes")
+        raise OSError(f"{path} is of {meta['run']}, or has arrays of other sizes")
     return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
 
 
@@ -588,7 +583,9 @@ def save_checkpoint(args: "Args", run_dir: Path, state: Any, **progress: Any) ->
 
 def load_checkpoint(args: "Args", run_dir: Path, like: Any) -> tuple[Any, dict]:
     """State (None if there was none yet) and progress; the logs lose the rows that came later."""
-    state, progress, bad = None, {"logs": {}, "done": 0, "stage": 0, "wall_time": 0.0}, []
+    state = None
+    progress = {"logs": {}, "done": 0, "stage": 0, "wall_time": 0.0}
+    bad = []
     for path in sorted(run_dir.glob("checkpoints/state_*.npz"), reverse=True):
         try:
             state, progress = load_arrays(args, path, like)
@@ -610,11 +607,11 @@ def load_checkpoint(args: "Args", run_dir: Path, like: Any) -> tuple[Any, dict]:
 def make_run_dir(args: "Args", device: str) -> Path:
     """Creates RUNS_DIR/<env-id>__<exp-name>__<seed>__<unix time>/ with args.json in it."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.runs_dir) / name
     git = f'git -C "{Path(__file__).parent}" describe --always --dirty'
     versions = {"script": Path(__file__).name, "git_commit": subprocess.getoutput(git)}
     versions |= {"device": device, "python": sys.version.split()[0]}
     versions |= {package.name: package.version for package in metadata.distributions()}
+    run_dir = Path(args.runs_dir) / name
     try:
         (run_dir / "checkpoints").mkdir(parents=True)
         stored = json.dumps(asdict(args) | {"versions": versions}, indent=1)
@@ -641,29 +638,22 @@ def load_agents(args: "Args", env: Any, path: str | Path) -> Any:
 def load_policy(run_dir: str | Path, step: int | None = None, seed: int | None = None) -> Callable:
     """A saved policy (obs, key, deterministic=False) -> u, by default the first seed's last one.
 
-    Observations are raw, (..., obs_dim); the action is tanh(u). KeyError if there is no such file.
+    Observations are raw, (..., obs_dim); the action is tanh(u). An error if there is no such one.
     """
     args = load_args(run_dir)
     files = {int(p.stem[7:]): p for p in Path(run_dir).glob("checkpoints/policy_*.npz")}
     agents = load_agents(args, make_env(args), files[max(files) if step is None else step])
-    index = 0 if seed is None else seed - args.seed
-    agent = jax.tree.map(lambda x: x[range(args.num_seeds)[index]], agents)
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    index = 0 if seed is None else seeds.index(seed)
+    agent = jax.tree.map(lambda x: x[index], agents)
     return jax.jit(
         lambda obs, key, deterministic=False: act(args, agent, obs, key, deterministic)[0]
     )
 
 
-def progress_bar(args: "Args", total: int, done: int) -> tqdm:
-    """Counts environment steps of all seeds."""
-    counts = {"total": args.num_seeds * total, "initial": args.num_seeds * done}
-    bar = tqdm(**counts, unit=" steps", unit_scale=True, file=sys.stdout)
-    bar.set_description("compiling")
-    return bar
-
-
 def over_seeds(args: "Args", f: Callable, in_axes: tuple, **options: Any) -> Callable:
     """Compiles f for all seeds: `vmap`, and on as many local devices as can share them evenly."""
-    num_devices = math.gcd(args.num_seeds, jax.local_device_count())
+    num_devices = np.gcd(args.num_seeds, jax.local_device_count())
     mesh = Mesh(np.array(jax.local_devices()[:num_devices]), ("seeds",))
     specs = tuple(P() if axis is None else P("seeds") for axis in in_axes)
     mapped = jax.vmap(f, in_axes)
@@ -672,8 +662,6 @@ def over_seeds(args: "Args", f: Callable, in_axes: tuple, **options: Any) -> Cal
 
 
 # --- end shared ---
-
-
 # === Training =====================================================================================
 def train(args: Args, env: Any, run_dir: Path) -> None:
     """Algorithm 1, from the newest checkpoint on."""
@@ -690,7 +678,9 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
     size = args.steps_per_iteration
     start_time = time.time() - progress["wall_time"]
     save_time = time.time()
-    bar = progress_bar(args, args.stage_ends[-1] * size, done * size)
+    all_seeds = args.num_seeds * size  # steps of an iteration
+    counts = {"total": args.stage_ends[-1] * all_seeds, "initial": done * all_seeds}
+    bar = tqdm(**counts, desc="compiling", unit=" steps", unit_scale=True, file=sys.stdout)
     stop_signals = []  # SIGTERM, which schedulers send
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
@@ -703,16 +693,25 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         row |= {"return_max": r.max(1), "wall_time": time.time() - start_time}
         log(args, run_dir, "eval", step=done * size, stage=stage, **row)
         bar.write(f"step {done * size:,}, stage {stage}: return {r.mean(1).round(1)}")
+        bar.set_postfix_str(f"return {r.mean():.1f}")
 
     def save(stage):
         wall_time = time.time() - start_time
         save_checkpoint(args, run_dir, state, done=done, stage=stage, wall_time=wall_time)
         return time.time()
 
+    if state is None and args.decoder_from:
+        try:
+            given = load_agents(args, env, args.decoder_from)
+        except Exception as error:
+            takes = "a policy file of this script, task and seeds"
+            require(False, "decoder_from", f"{args.decoder_from} ({error})", takes)
     if state is None:
         state = init(init_keys, 0)
         if args.decoder_from:
-            state = state._replace(agent=with_decoder_from(args, env, state.agent))
+            decoder = state.agent.decoder.replace(params=given.decoder.params)
+            agent = state.agent._replace(decoder=decoder, decoder_stats=given.decoder_stats)
+            state = state._replace(agent=agent)
         log_returns(stage=0)
         save_time = save(stage=0)
     for stage in range(progress["stage"], len(args.stage_timesteps)):
@@ -722,11 +721,11 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
             start = time.time()
             state, metrics = iterate(state, clip_eps)
             metrics = jax.device_get(metrics)
-            sps = args.num_seeds * size / (time.time() - start)
+            sps = all_seeds / (time.time() - start)
             done += 1
             log(args, run_dir, "train", step=done * size, stage=stage, sps=sps, **metrics)
             bar.set_description(f"stage {stage}")
-            bar.update(args.num_seeds * size)
+            bar.update(all_seeds)
             norms = metrics["grad_norm_encoder"] + metrics["grad_norm_critic"]
             if not np.isfinite(metrics["loss"] + norms).all():
                 raise FloatingPointError(f"iteration {done}: loss or gradient is not finite")
@@ -761,25 +760,15 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
             if stop_signals:
                 raise SystemExit(128 + signal.SIGTERM)
 
-        row = {"pairs": num_pairs, "reward_mean": jax.device_get(pairs.reward.mean(axis=1))}
-        row["return_before"] = returns(deterministic=False).mean(1)
-        row["deterministic_before"] = returns(deterministic=True).mean(1)
+        before = [returns(deterministic).mean(1) for deterministic in (False, True)]
         state = next_stage(state, decoder, fresh)
-        row["return_after"] = returns(deterministic=False).mean(1)
-        row["deterministic_after"] = returns(deterministic=True).mean(1)
+        after = [returns(deterministic).mean(1) for deterministic in (False, True)]
+        row = {"pairs": num_pairs, "reward_mean": np.asarray(jnp.mean(pairs.reward, axis=1))}
+        row |= {"return_before": before[0], "return_after": after[0]}
+        row |= {"deterministic_before": before[1], "deterministic_after": after[1]}
         log(args, run_dir, "refine", step=done * size, stage=stage + 1, **row)
         save_time = save(stage + 1)
     bar.close()
-
-
-def with_decoder_from(args: Args, env: Any, agent: Agent) -> Agent:
-    try:
-        given = load_agents(args, env, args.decoder_from)
-    except Exception as error:
-        takes = f"a policy file of {Path(__file__).name}, {args.env_id} and these seeds"
-        require(False, "decoder_from", f"{args.decoder_from} ({error})", takes)
-    decoder = agent.decoder.replace(params=given.decoder.params)
-    return agent._replace(decoder=decoder, decoder_stats=given.decoder_stats)
 
 
 def parse_args() -> Args:
@@ -805,8 +794,7 @@ def parse_common() -> tuple["Args", set[str]]:
     if args.resume is not None:
         tracking = {"--track", "--no-track", "--wandb-project-name", "--wandb-entity"}
         others = given - tracking - {"--resume"}
-        takes = "only arguments of tracking beside it"
-        require(not others, "resume", " ".join(others), takes)
+        require(not others, "resume", " ".join(others), "only arguments of tracking beside it")
         try:
             default = replace(load_args(args.resume), resume=args.resume)
         except Exception as error:
@@ -833,14 +821,14 @@ def main() -> None:
         except Exception as error:
             takes = "the package wandb and a login (wandb login), or WANDB_MODE=offline"
             require(False, "track", f"True ({error})", takes)
-        print(f"W&B: {run.url or f'offline; to upload: wandb sync {Path(run.dir).parent}'}")
+        offline = f"offline; to upload: wandb sync {Path(run.dir).parent}"
+        print(f"W&B: {offline if run.offline else run.url}")
     try:
         train(args, env, run_dir)
     except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
         newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
         reason = str(error).splitlines()[0]
-        text = f"{sys.argv[0]}: {reason}; newest checkpoint: {newest}; go on with: {resume}"
-        print(text, file=sys.stderr)
+        print(f"{sys.argv[0]}: {reason}; newest: {newest}; resume: {resume}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"Finished: {run_dir}\nCurve: python -m plotting.figure_4 --runs {run_dir}")
     print(f"Film: python -m plotting.video {run_dir}")

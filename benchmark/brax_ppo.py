@@ -1,10 +1,11 @@
-"""Brax's own PPO with the hyperparameters of `ppo_gaussian.py --preset cpu`, to compare learning curves.
+"""Brax's own PPO with the hyperparameters of `ppo_gaussian.py --preset cpu`, to compare learning
+curves.
 
     python benchmark/brax_ppo.py --runs-dir results/brax_ppo_cheetah_run --seeds 1 2 3
 
-Brax 0.14.2's `train` calls `jax.device_put_replicated`, which JAX 0.10 no longer has: it needs an environment
-of its own, `pip install jax==0.9.2 brax==0.14.2 playground==0.2.0 mujoco==3.17.0 mujoco-mjx==3.17.0
-warp-lang==1.19.0 tyro`.
+Brax 0.14.2's `train` calls `jax.device_put_replicated`, which JAX 0.10 no longer has: it needs an
+environment of its own, `pip install jax==0.9.2 brax==0.14.2 playground==0.2.0 mujoco==3.17.0
+mujoco-mjx==3.17.0 warp-lang==1.19.0 tyro`.
 
 A run writes `<runs-dir>/seed_<seed>/eval.csv` with the columns of the scripts, and `args.json`.
 """
@@ -51,18 +52,27 @@ class Args:
     eval_envs: int = 128
 
 
-def progress(write: Callable[[str], object], seed: int, start: float, step: int, metrics: dict) -> None:
+def progress(
+    write: Callable[[str], object], seed: int, start: float, step: int, metrics: dict
+) -> None:
     """One row of eval.csv. Brax reports mean and standard deviation only."""
     mean, std = (float(metrics[f"eval/episode_reward{suffix}"]) for suffix in ("", "_std"))
     write(f"{seed},{step},0,{mean:.7g},{std:.7g},nan,nan,{time.time() - start:.7g}\n")
     sps = metrics.get("training/sps", 0.0)  # since the evaluation before, compilation included
-    print(f"seed {seed}, step {step:,}: return {mean:.1f} +- {std:.1f}; steps/s: {sps:.1f}", flush=True)
+    print(
+        f"seed {seed}, step {step:,}: return {mean:.1f} +- {std:.1f}; steps/s: {sps:.1f}",
+        flush=True,
+    )
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
-    versions = {name: version(name) for name in ("jax", "brax", "playground", "mujoco", "mujoco-mjx")}
+    failed, commit = subprocess.getstatusoutput(
+        f'git -C "{Path(__file__).parent}" describe --always --dirty'
+    )
+    versions = {
+        name: version(name) for name in ("jax", "brax", "playground", "mujoco", "mujoco-mjx")
+    }
     versions |= {"script": Path(__file__).name, "git_commit": None if failed else commit}
     versions["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     config = dm_control_suite.get_default_config(args.env_id)

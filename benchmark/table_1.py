@@ -1,12 +1,14 @@
-"""Every cell of the paper's Table 1: what is done, what is left, and running it, on one machine or by Slurm.
+"""Every cell of the paper's Table 1: what is done, what is left, and running it, on one machine or
+by Slurm.
 
     python benchmark/table_1.py --dry-run        # the plan
     python benchmark/table_1.py                  # all cells, one after the other
     sbatch benchmark/table_1.sbatch              # a task of a Slurm array for each cell
 
-A cell is a method on a task, with all its seeds in one process, in RUNS_DIR/<task>/<script>/. Finished cells
-are skipped, others go on from their newest checkpoint: start it again after whatever has stopped it. SIGTERM
-and Ctrl-C are passed on: the run writes a checkpoint and stops. Arguments behind `--` go to the scripts.
+A cell is a method on a task, with all its seeds in one process, in RUNS_DIR/<task>/<script>/.
+Finished cells are skipped, others go on from their newest checkpoint: start it again after whatever
+has stopped it. SIGTERM and Ctrl-C are passed on: the first lets a run write a checkpoint, the
+second ends it at once. Arguments behind `--` go to the scripts.
 """
 
 import fcntl
@@ -16,7 +18,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,35 +56,45 @@ def wrong(argument: str, got: object, takes: str) -> None:
 
 def newest(folder: Path) -> Path | None:
     """The newest run in a cell's folder that can go on; None if there is none."""
-    return max(
-        (file.parent for file in folder.glob("*/args.json")), key=lambda r: r.stat().st_mtime, default=None
-    )
+    found = [file.parent for file in folder.glob("*/args.json")]
+    return max(found, key=lambda run: run.stat().st_mtime, default=None)
 
 
 def finished(run: Path) -> bool:
     try:
-        runs.read_run(run)
+        args, _ = runs.read_run(run)
     except ValueError:
         return False
-    return True
+    return (run / f"checkpoints/policy_{runs.last_step(args)}.npz").exists()
 
 
-def command(script: str, task: str, args: Args, rest: list[str], run: Path | None) -> list[str]:
-    """A cell's command line; a run that goes on gets its arguments again, so that it refuses others."""
-    given = ["--env-id", task, "--num-seeds", str(args.num_seeds), *rest]
-    where = ["--resume", str(run)] if run else ["--runs-dir", str(args.runs_dir / task / script)]
-    return [f"{script}.py", *given, *where]
-
-
-def checked(argv: list[str]) -> None:
-    """Ends the program, with the script's message, unless these arguments are right and the run's."""
+def checked(argv: list[str]) -> Any:
+    """The arguments of a command line; ends the program, with the script's message, if wrong."""
     sys.argv = argv
-    script = importlib.import_module(Path(argv[0]).stem)
-    script.check(script.parse_args())
+    return importlib.import_module(Path(argv[0]).stem).parse_args()
+
+
+def going_on(script: str, run: Path, wanted: Any) -> list[str]:
+    """The command line by which a run goes on, if it has just the arguments that are wanted."""
+    try:
+        args = importlib.import_module(script).load_args(run)
+    except Exception as error:  # a fork's script may do anything
+        wrong("--runs-dir", f"{run} ({error})", f"runs of {script}.py as it is here")
+    tracking = ("track", "wandb_project_name", "wandb_entity")
+    for name, value in asdict(wanted).items():
+        if value != getattr(args, name) and name not in ("runs_dir", "resume", *tracking):
+            takes = f"that of {run}, which goes on: {getattr(args, name)}"
+            wrong(f"--{name.replace('_', '-')}", value, takes)
+    argv = [f"{script}.py", "--resume", str(run)]
+    if wanted.track:
+        argv += ["--track", "--wandb-project-name", wanted.wandb_project_name]
+    if wanted.track and wanted.wandb_entity:
+        argv += ["--wandb-entity", wanted.wandb_entity]
+    return argv
 
 
 def start(argv: list[str], lock: int, caught: list[int], running: list[subprocess.Popen]) -> int:
-    """Runs a cell to its end, and returns its status as a shell would. The child, too, holds the lock."""
+    """Runs a cell to its end: its status as a shell has it. The child holds the lock, too."""
     # A session of its own: or Ctrl-C would reach it twice, from the terminal and from here.
     script = [sys.executable, str(ROOT / argv[0]), *argv[1:]]
     running[:] = [subprocess.Popen(script, pass_fds=[lock], start_new_session=True)]
@@ -104,18 +116,19 @@ def main() -> int:
     states, plan = Counter(), []
     for i, (task, script) in enumerate(cells):
         if args.cell in (None, i):
-            run = newest(args.runs_dir / task / script)
-            argv = command(script, task, args, rest, run)
-            checked(argv)  # of finished ones, too: or a run of other sizes would pass for the cell
+            folder = args.runs_dir / task / script
+            given = ["--env-id", task, "--num-seeds", str(args.num_seeds), *rest]
+            argv = [f"{script}.py", *given, "--runs-dir", str(folder)]
+            wanted = checked(argv)
+            run = newest(folder)
+            if run is not None:  # if finished, too: a run of other sizes is not the cell
+                argv = going_on(script, run, wanted)
             state = "start" if run is None else "finished" if finished(run) else "go on"
             states[state] += 1
             print(f"{i:2}  {state:8}  {task:14}  python {shlex.join(argv)}", flush=True)
             plan += [(i, argv)] * (state != "finished")
-    print(
-        ", ".join(
-            f"{n} to {state}" if state != "finished" else f"{n} finished" for state, n in states.items()
-        )
-    )
+    numbers = {"start": "{} to start", "go on": "{} to go on", "finished": "{} finished"}
+    print(", ".join(numbers[state].format(n) for state, n in states.items()))
     caught, running, failed = [], [], []
 
     def stop(number: int, _: Any) -> None:
@@ -132,10 +145,14 @@ def main() -> int:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                print(f"cell {i} is being worked on by another process; left to it", file=sys.stderr)
+                print(
+                    f"cell {i} is being worked on by another process; left to it", file=sys.stderr
+                )
                 continue
             status = start(argv, lock.fileno(), caught, running)
-        if caught or status - 128 in STOPS:  # a script that was still starting has a status of its own
+        if (
+            caught or status - 128 in STOPS
+        ):  # a script that was still starting has a status of its own
             return 128 + caught[0] if caught else status
         if status:
             print(f"cell {i} failed with status {status}; the others go on", file=sys.stderr)

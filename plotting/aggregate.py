@@ -1,9 +1,11 @@
-"""What holds over tasks: interquartile mean and probability of improvement, with bootstrap intervals.
+"""What holds over tasks: interquartile mean and probability of improvement, with bootstrap
+intervals.
 
     python -m plotting.aggregate --runs results runs --out figures
 
-Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021), by their
-library, rliable. The paper has no such figure; with five seeds a task, mean and std say less than it seems.
+Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021), by
+their library, rliable. The paper has no such figure; with five seeds a task, mean and std say less
+than it seems.
 """
 
 import sys
@@ -19,33 +21,37 @@ BASELINE = "ppo_gaussian"
 
 
 def scores(groups: dict[tuple[str, str], runs.Group]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Final returns (K, T) by method over the T tasks that all have; the K seeds may differ by method.
+    """Final returns (K, T) by method over the T tasks that all have; the K seeds may differ by
+    method.
 
-    A method's seeds are those that all its tasks have. Names what is left out; CannotDraw if no task is
-    common to two methods, or a method has under two seeds.
+    A method's seeds are those that all its tasks have. Names what is left out; CannotDraw if no
+    task is common to two methods, or a method has under two seeds.
     """
     methods = list(dict.fromkeys(method for method, _ in groups))
     every = list(dict.fromkeys(task for _, task in groups))
     tasks = [task for task in every if all((method, task) in groups for method in methods)]
     if len(methods) < 2 or not tasks:
-        raise runs.CannotDraw("an aggregate needs two methods, and a task that all methods have run")
-    if len(tasks) < len(every):
-        print(
-            f"left out, since not all methods have run them: {', '.join(t for t in every if t not in tasks)}"
-        )
+        text = "an aggregate needs two methods, and a task that all methods have run"
+        raise runs.CannotDraw(text)
+    others = [task for task in every if task not in tasks]
+    if others:
+        print(f"left out, since not all methods have run them: {', '.join(others)}")
     by_method = {}
     for method in methods:
         mine = [groups[method, task] for task in tasks]
         seeds = sorted(set.intersection(*(set(group.curves) for group in mine)))
         if len(seeds) < 2:
-            raise runs.CannotDraw(f"an aggregate needs two seeds that {method} has run on {', '.join(tasks)}")
+            raise runs.CannotDraw(
+                f"an aggregate needs two seeds that {method} has run on {', '.join(tasks)}"
+            )
         ends = [dict(zip(sorted(g.curves), runs.final_returns(g), strict=True)) for g in mine]
         by_method[method] = np.array([[end[seed] for end in ends] for seed in seeds])
     return by_method, tasks
 
 
 def statistics(by_method: dict[str, np.ndarray], reps: int, seed: int = 0) -> tuple[dict, dict]:
-    """By method: IQM of the returns (K, T), and P(it is better than PPO), each (estimate, low, high) at 95%.
+    """By method: IQM of the returns (K, T), and P(it is better than PPO), each (estimate, low,
+    high) at 95%.
 
     The bootstrap draws seeds anew within each task.
     """
@@ -56,7 +62,9 @@ def statistics(by_method: dict[str, np.ndarray], reps: int, seed: int = 0) -> tu
         by_method, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps
     )
     baseline, better, better_range = by_method.get(BASELINE), {}, {}
-    pairs = {m: (x, baseline) for m, x in by_method.items() if baseline is not None and m != BASELINE}
+    pairs = {
+        m: (x, baseline) for m, x in by_method.items() if baseline is not None and m != BASELINE
+    }
     if pairs:
         better, better_range = library.get_interval_estimates(
             pairs, metrics.probability_of_improvement, reps=reps
@@ -68,7 +76,8 @@ def statistics(by_method: dict[str, np.ndarray], reps: int, seed: int = 0) -> tu
 
 
 def draw(options: runs.Options, reps: int = 2000) -> list[Path]:
-    """Draws IQM of the final returns, and probability of improvement over PPO; writes both as text, too.
+    """Draws IQM of the final returns, and probability of improvement over PPO; writes both as text,
+    too.
 
     Args:
         reps: Bootstrap samples.
@@ -85,8 +94,12 @@ def draw(options: runs.Options, reps: int = 2000) -> list[Path]:
         for at, method in enumerate(names):
             estimate, low, high = values[method]
             colour = style.line(method)["color"]
-            panel.plot([low, high], [at, at], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
-            panel.plot([estimate], [at], marker="|", markersize=9, markeredgewidth=1.8, color=colour)
+            panel.plot(
+                [low, high], [at, at], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt"
+            )
+            panel.plot(
+                [estimate], [at], marker="|", markersize=9, markeredgewidth=1.8, color=colour
+            )
         panel.set_yticks(range(len(names)), [style.label(m) for m in names])
         panel.set(title=title, xlabel="", ylabel="", ylim=(-0.6, len(names) - 0.4))
         panel.grid(axis="y", visible=False)
@@ -104,9 +117,8 @@ def draw(options: runs.Options, reps: int = 2000) -> list[Path]:
     style.finish(figure, [], text)
     lines = [text]
     for method in iqm:
-        line = (
-            f"{style.label(method):12s} IQM {iqm[method][0]:.1f} [{iqm[method][1]:.1f}, {iqm[method][2]:.1f}]"
-        )
+        estimate, low, high = iqm[method]
+        line = f"{style.label(method):12s} IQM {estimate:.1f} [{low:.1f}, {high:.1f}]"
         if method in better:
             p, low, high = better[method]
             line += f"   P(better than {METHODS[BASELINE]}) {p:.2f} [{low:.2f}, {high:.2f}]"

@@ -9,14 +9,16 @@ from pathlib import Path
 
 from plotting import render, runs
 
-ITEMS = ("figure_4", "table_1", "aggregate", "figure_5", "figure_6", "figure_7", "figure_3", "figure_1")
+ITEMS = ("figure_4", "table_1", "aggregate", "figure_5", "figure_6", "figure_7", "figure_3")
+ITEMS += ("figure_1",)
 
 
 def draw(options: runs.Options, skip: tuple[str, ...] = ()) -> list[Path]:
     """Draws what the logs allow and names what it cannot draw, and why.
 
     Args:
-        skip: Items to leave out: figure_1 trains small policies for minutes, figure_7 asks every saved one.
+        skip: Items to leave out: figure_1 trains small policies for minutes, figure_7 asks every
+            saved one.
     """
     if unknown := set(skip) - set(ITEMS):
         runs.wrong("--skip", " ".join(sorted(unknown)), " ".join(ITEMS))

@@ -26,7 +26,8 @@ def evaluate(
     env_seed: int | None = None,
     out: Path | None = None,
 ) -> list[Path]:
-    """Returns of a saved policy over fresh episodes: printed, and added as a row to RUN_DIR/evaluations.csv.
+    """Returns of a saved policy over fresh episodes: printed, and added as a row to
+    RUN_DIR/evaluations.csv.
 
     Args:
         run_dir: A run directory with checkpoints/policy_<step>.npz.
@@ -34,8 +35,8 @@ def evaluate(
         seed: Which seed's policy; default: the run's first.
         episodes: How many episodes, in parallel.
         stochastic: Sample latents and actions, as in training; default: the evaluation policy.
-        env_seed: Initial states and noise; default: the policy's seed, which with the run's --eval-envs
-            episodes gives eval.csv's row again.
+        env_seed: Initial states and noise; default: the policy's seed, which with the run's
+            --eval-envs episodes gives eval.csv's row again.
         out: The CSV file to add to.
     """
     if episodes < 1:
@@ -51,19 +52,26 @@ def evaluate(
         runs.wrong("--out", file, "a file that can be written, in a folder that is there")
     if file.exists() and file.read_bytes().split(b"\n")[0] not in (b"", ",".join(COLUMNS).encode()):
         runs.wrong("--out", file, "a new file, or one that this command has written")
-    print(
-        f"{script.__name__}, {args.env_id}, step {step:,}, seed {seed}, environment seed {env_seed}: running"
-    )
+    about = f"{script.__name__}, {args.env_id}, step {step:,}, seed {seed}"
+    print(f"{about}, environment seed {env_seed}: running")
     returns, _ = policies.evaluate(script, args, policy, step, env_seed, episodes, not stochastic)
     middle = np.sort(returns)[episodes // 4 : episodes - episodes // 4]
     numbers = (returns.mean(), returns.std(), returns.min(), returns.max(), middle.mean())
-    row = dict(zip(COLUMNS, (seed, step, int(not stochastic), env_seed, episodes, *numbers), strict=True))
-    print(", ".join(f"{k.removeprefix('return_')} {v:.1f}" for k, v in row.items() if k.startswith("return")))
+    row = dict(
+        zip(COLUMNS, (seed, step, int(not stochastic), env_seed, episodes, *numbers), strict=True)
+    )
+    print(
+        ", ".join(
+            f"{k.removeprefix('return_')} {v:.1f}" for k, v in row.items() if k.startswith("return")
+        )
+    )
     if episodes > 1:
         print(f"standard error of the mean {returns.std(ddof=1) / np.sqrt(episodes):.2g}")
     with file.open("a") as rows:
         header = "" if file.stat().st_size else ",".join(COLUMNS) + "\n"
-        rows.write(header + ",".join(str(v) if type(v) is int else f"{v:.7g}" for v in row.values()) + "\n")
+        rows.write(
+            header + ",".join(str(v) if type(v) is int else f"{v:.7g}" for v in row.values()) + "\n"
+        )
     return [file]
 
 

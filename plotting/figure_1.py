@@ -2,15 +2,17 @@
 
     python -m plotting.figure_1 --out figures
 
-A task with one state, one action and a reward with two equal peaks. Left, the paper's statement: the best
-policy of a temperature above 0 has two peaks; the Gaussian closest to it (maximum likelihood) covers both and
-the gap between them; the flow that GoRL's decoder training (gorl_fm_ppo.py's `decoder_epoch`) makes of the
-same samples does not. Right, where reinforcement learning itself arrives: the scripts, trained on the reward.
+A task with one state, one action and a reward with two equal peaks. Left, the paper's statement:
+the best policy of a temperature above 0 has two peaks; the Gaussian closest to it (maximum
+likelihood) covers both and the gap between them; the flow that GoRL's decoder training
+(gorl_fm_ppo.py's `decoder_epoch`) makes of the same samples does not. Right, where reinforcement
+learning itself arrives: the scripts, trained on the reward.
 """
 
 import contextlib
 import io
 import json
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -20,12 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from plotting import policies, runs, style
+from plotting import runs, style
 from plotting.figure_7 import dip, kernel_density
 
-PEAK, WIDTH, TEMPERATURE = 1.2, 0.5, 0.2  # where in u the reward's peaks are, how wide; of the best policy
+PEAK = 1.2  # u of the reward's two peaks, but for the sign
+WIDTH = 0.5  # of a peak
+TEMPERATURE = 0.2  # of the best policy
 METHODS = ("ppo_gaussian", "fpo", "gorl_fm_ppo")
-SIZES = {"num_envs": 512, "unroll_length": 2, "batch_size": 256, "num_minibatches": 4, "update_epochs": 2}
+SIZES = {"num_envs": 512, "unroll_length": 2, "batch_size": 256, "num_minibatches": 4}
+SIZES |= {"update_epochs": 2, "eval_envs": 1, "episode_length": 100}
 
 
 def reward(u: Any) -> Any:
@@ -68,24 +73,25 @@ def two_peaks() -> Any:
 
 
 def fitted_flow(samples: np.ndarray, draws: int) -> np.ndarray:
-    """u (draws,) of a flow trained on samples (n,) by gorl_fm_ppo.py's decoder training, batches of 256."""
+    """u (draws,) of a flow that gorl_fm_ppo.py's decoder training makes of samples (n,)."""
     import jax
     import jax.numpy as jnp
-    import optax
 
     script = runs.script_of("gorl_fm_ppo")
     args = replace(script.Args(), decoder_batch_size=256, decoder_learning_rate=1e-3)
     key = jax.random.PRNGKey(0)
-    decoder = script.init_agent(args, 1, 1, key).decoder
-    opt = optax.adam(args.decoder_learning_rate).init(decoder["net"])
-    ring = {"obs": jnp.zeros((len(samples), 1, 1)), "u": jnp.asarray(samples, jnp.float32)[:, None, None]}
+    agent = script.init_agent(args, two_peaks(), key)
+    u = jnp.asarray(samples, jnp.float32)[:, None]
+    pairs = script.Pairs(obs=jnp.zeros_like(u), u=u, reward=jnp.zeros(len(u)))
     epoch = jax.jit(
-        lambda decoder, opt, i: script.decoder_epoch(args, len(samples), decoder, opt, ring, key, i)
+        lambda decoder, key: script.decoder_epoch(args, decoder, agent.stats, pairs, key)
     )
+    decoder = agent.decoder
     for i in range(10):
-        decoder, opt, _ = epoch(decoder, opt, i)
+        decoder, _ = epoch(decoder, jax.random.fold_in(key, i))
+    agent = agent._replace(decoder=decoder)
     latent = jax.random.normal(jax.random.PRNGKey(1), (draws, 1))
-    return np.asarray(script.decode(args, decoder, jnp.zeros((draws, 1)), latent))[:, 0]
+    return np.asarray(script.decode(args, agent, jnp.zeros((draws, 1)), latent))[:, 0]
 
 
 def trained(script: ModuleType, iterations: int, seeds: int, draws: int) -> np.ndarray:
@@ -94,26 +100,30 @@ def trained(script: ModuleType, iterations: int, seeds: int, draws: int) -> np.n
 
     steps = iterations * SIZES["batch_size"] * SIZES["num_minibatches"] * SIZES["unroll_length"]
     # The next state is always the same one: what counts is this step's reward.
-    changes = SIZES | {"num_seeds": seeds, "total_timesteps": steps, "eval_every": steps, "gamma": 0.0}
+    changes = SIZES | {"num_seeds": seeds, "total_timesteps": steps, "eval_every": steps}
+    changes["gamma"] = 0.0
     if hasattr(script, "decode"):
         stages = {"stage_timesteps": tuple(runs.default_stages(steps)), "decoder_epochs": 10}
         changes |= stages | {"decoder_batch_size": 256, "decoder_buffer_size": 16_384}
-    args, make_env = replace(script.Args(), **changes), script.make_env
-    script.make_env = lambda args: two_peaks()
+    before = script.make_env, signal.getsignal(signal.SIGTERM)
+    script.make_env = lambda args: two_peaks()  # for load_policy
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            (Path(folder) / "checkpoints").mkdir()
-            script.train(args, Path(folder), [], bool)
-            seeds = range(args.seed, args.seed + seeds)
-            each = [script.load_policy(folder, seed=seed) for seed in seeds]
+            args = replace(script.Args(), **changes, runs_dir=folder)
+            run_dir = script.make_run_dir(args, "this one")
+            script.train(args, two_peaks(), run_dir)
+            each = [script.load_policy(run_dir, seed=args.seed + i) for i in range(seeds)]
             obs = np.zeros((draws, 1), np.float32)
             return np.stack([policy(obs, jax.random.PRNGKey(0))[:, 0] for policy in each])
     finally:
-        script.make_env = make_env
+        script.make_env = before[0]
+        signal.signal(signal.SIGTERM, before[1])  # that of `train` would go on holding it up
 
 
-def draw(options: runs.Options, iterations: int = 96, seeds: int = 3, draws: int = 10_000) -> list[Path]:
-    """Trains and draws Figure 1 (some minutes on a CPU); numbers go to figure_1.json. No logs are read.
+def draw(
+    options: runs.Options, iterations: int = 96, seeds: int = 3, draws: int = 10_000
+) -> list[Path]:
+    """Trains and draws Figure 1 (minutes on a CPU); numbers go to figure_1.json. Reads no logs.
 
     Args:
         iterations: Training iterations on the right, of 2048 steps each.
@@ -122,15 +132,15 @@ def draw(options: runs.Options, iterations: int = 96, seeds: int = 3, draws: int
     """
     if min(iterations, seeds) < 1 or draws < 100 or iterations % 6:
         got = f"{iterations}, {seeds}, {draws}"
-        runs.wrong("--iterations, --seeds, --draws", got, "a multiple of 6, at least 1, at least 100")
-    policies.prepare_jax()
+        takes = "a multiple of 6, at least 1, at least 100"
+        runs.wrong("--iterations, --seeds, --draws", got, takes)
+    # Before JAX is imported: they tell it where compiled programs are kept.
+    scripts = {method: runs.script_of(method) for method in METHODS}
     x = np.linspace(-4, 4, 801)
     best = best_policy(x)
     samples = np.random.default_rng(0).choice(x, 16_384, p=best / best.sum())
-    flow, gaussian = (
-        fitted_flow(samples, draws),
-        np.random.default_rng(1).normal(samples.mean(), samples.std(), draws),
-    )
+    flow = fitted_flow(samples, draws)
+    gaussian = np.random.default_rng(1).normal(samples.mean(), samples.std(), draws)
     figure, (left, right) = style.panels(2, height=1.9)
     record: dict[str, Any] = {
         "reward_peaks": [-PEAK, PEAK],
@@ -150,7 +160,11 @@ def draw(options: runs.Options, iterations: int = 96, seeds: int = 3, draws: int
         print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in record[name][-1].items()))
         label = name if len(record[name]) == 1 else None
         panel.plot(
-            x, density / density.max() if scale else density, label=label, linewidth=1.1, **style.line(method)
+            x,
+            density / density.max() if scale else density,
+            label=label,
+            linewidth=1.1,
+            **style.line(method),
         )
 
     blue = {"color": "#56B4E9", "alpha": 0.35, "linewidth": 0}
@@ -158,21 +172,24 @@ def draw(options: runs.Options, iterations: int = 96, seeds: int = 3, draws: int
     add(left, "ppo_gaussian", "closest Gaussian", gaussian)
     add(left, "gorl_fm_ppo", "flow, GoRL(FM)'s decoder training", flow)
     among = {"mean_reward": np.asarray(reward(x)), "between_peaks": np.abs(x) < PEAK / 2}
-    record["best policy"] = {name: float((best * f).sum() * (x[1] - x[0])) for name, f in among.items()}
+    record["best policy"] = {
+        name: float((best * f).sum() * (x[1] - x[0])) for name, f in among.items()
+    }
     left.set(title="fitted to the best policy's actions", ylabel="density")
     right.fill_between(x, np.asarray(reward(x)), label="reward", **blue | {"color": "#CC79A7"})
-    for method in METHODS:
-        for u in trained(runs.script_of(method), iterations, seeds, draws):
+    for method, script in scripts.items():
+        for u in trained(script, iterations, seeds, draws):
             add(right, method, style.label(method), u, scale=True)
     right.set(title=f"trained on the reward, {seeds} seeds", ylabel="scaled to a top of 1")
     for panel in (left, right):
         panel.set(xlabel="u", xlim=(-4, 4), ylim=(0, None))
         panel.grid(visible=False)
     means = {style.label(m): [r["mean_reward"] for r in record[style.label(m)]] for m in METHODS}
-    got = "; ".join(f"{name} {', '.join(f'{r:.2f}' for r in rewards)}" for name, rewards in means.items())
-    text = (
-        f"one state, one action, a reward with two equal peaks of 1; mean reward on the right, by seed: {got}"
+    got = "; ".join(
+        f"{name} {', '.join(f'{r:.2f}' for r in rewards)}" for name, rewards in means.items()
     )
+    text = "one state, one action, a reward with two equal peaks of 1; "
+    text += f"mean reward on the right, by seed: {got}"
     style.finish(figure, [left, right], text, columns=4)
     files = style.save(figure, options.out, "figure_1")
     (file := options.out / "figure_1.json").write_text(json.dumps(record, indent=1))

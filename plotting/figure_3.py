@@ -13,7 +13,7 @@ from plotting.paper import TASKS
 
 
 def picture(env_id: str, seconds: float, height: int, width: int) -> np.ndarray:
-    """The task (height, width, 3) after some seconds of small random actions from its default pose."""
+    """The task (height, width, 3), seconds of small random actions from its default pose on."""
     import mujoco
     from mujoco_playground import dm_control_suite
 
@@ -24,7 +24,9 @@ def picture(env_id: str, seconds: float, height: int, width: int) -> np.ndarray:
     while data.time < seconds:
         data.ctrl[:] = 0.9 * data.ctrl + 0.1 * random.normal(size=model.nu)
         mujoco.mj_step(model, data)
-    state = {name: getattr(data, name)[None] for name in ("qpos", "qvel", "mocap_pos", "mocap_quat")}
+    state = {
+        name: getattr(data, name)[None] for name in ("qpos", "qvel", "mocap_pos", "mocap_quat")
+    }
     return next(render.frames(env_id, model, state, height, width))
 
 

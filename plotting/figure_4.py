@@ -13,8 +13,8 @@ from plotting.paper import TOTAL_TIMESTEPS, reported
 def draw(options: runs.Options) -> list[Path]:
     """Draws Figure 4: return of the evaluation policy against environment steps, unsmoothed.
 
-    The paper smooths (Gaussian, sigma 100). Where runs have the paper's length, its final returns (Table 1)
-    stand right of the curves. Raises CannotDraw if no run is to be drawn.
+    The paper smooths (Gaussian, sigma 100). Where runs have the paper's length, its final returns
+    (Table 1) stand right of the curves. Raises CannotDraw if no run is to be drawn.
     """
     groups, preset = runs.select(options)
     tasks = list(dict.fromkeys(task for _, task in groups))
@@ -27,10 +27,17 @@ def draw(options: runs.Options) -> list[Path]:
             style.band(panel, steps, *runs.mean_std(returns), label=style.label(method), **look)
             if group.total == TOTAL_TIMESTEPS and (paper := reported(method, task)):
                 at = TOTAL_TIMESTEPS / 1e6 * (1.03 + 0.03 * i)
-                marker = {"fmt": "D", "markersize": 2.5, "elinewidth": 0.7, "label": "the paper's Table 1"}
+                marker = {
+                    "fmt": "D",
+                    "markersize": 2.5,
+                    "elinewidth": 0.7,
+                    "label": "the paper's Table 1",
+                }
                 panel.errorbar(at, *paper, color=look["color"], **marker)
         for step in sorted({step for group in mine.values() for step in runs.refinements(group)}):
-            line = panel.axvline(step / 1e6, color="#777777", linewidth=0.8, dashes=(2, 2), zorder=0)
+            line = panel.axvline(
+                step / 1e6, color="#777777", linewidth=0.8, dashes=(2, 2), zorder=0
+            )
             line.set_label("decoder refined (GoRL)")
         panel.set(title=task, xlim=(0, None), ylim=(0, None))
     style.finish(figure, axes, style.note(groups.values(), preset), columns=3)

@@ -18,7 +18,8 @@ from plotting.paper import BETAS
 
 
 def sweep(options: runs.Options, method: str, env_id: str) -> tuple[dict[float, runs.Group], str]:
-    """The runs that differ in beta alone (and --where), by beta, and their preset; CannotDraw if under two.
+    """The runs that differ in beta alone (and --where), by beta, and their preset; CannotDraw if
+    under two.
 
     A beta for each stage is no value of the sweep.
     """
@@ -27,9 +28,13 @@ def sweep(options: runs.Options, method: str, env_id: str) -> tuple[dict[float, 
     mine = [g for g in groups if (g.method, g.task) == (method, env_id)]
     mine = [g for g in mine if runs.as_asked(g, where, free=("kl_coef",))]
     preset = runs.pick_preset(mine, options)
-    mine.sort(key=lambda g: len(runs.items(g.settings.get("kl_coef", []))))  # one value before one a stage
+    mine.sort(
+        key=lambda g: len(runs.items(g.settings.get("kl_coef", [])))
+    )  # one value before one a stage
     for group in (g for g in mine if g.preset == preset):
-        betas = set(runs.items(group.settings.get("kl_coef", runs.preset_args(method, preset)["kl_coef"])))
+        betas = set(
+            runs.items(group.settings.get("kl_coef", runs.preset_args(method, preset)["kl_coef"]))
+        )
         if len(betas) != 1 or betas & set(found):
             print(f"left out: {group}")
         else:

@@ -2,11 +2,11 @@
 
     python -m plotting.figure_7 --runs results runs --out figures
 
-The paper shows densities and leaves the number of peaks to the eye. Here two numbers go with each: the
-*gain*, how much likelier a mixture of two Gaussians makes held-out samples than one Gaussian does (nats a
-sample, over all dimensions of u; 0 if one is enough, more for two peaks, but also for skewed or heavy-tailed
-samples), and the *dip* of the curve that is drawn, its deepest valley as a share of the lower of the peaks
-around it (0: one peak).
+The paper shows densities and leaves the number of peaks to the eye. Here two numbers go with each:
+the *gain*, how much likelier a mixture of two Gaussians makes held-out samples than one Gaussian
+does (nats a sample, over all dimensions of u; 0 if one is enough, more for two peaks, but also for
+skewed or heavy-tailed samples), and the *dip* of the curve that is drawn, its deepest valley as a
+share of the lower of the peaks around it (0: one peak).
 """
 
 import json
@@ -22,24 +22,29 @@ from threadpoolctl import threadpool_limits
 from plotting import policies, runs, style
 from plotting.paper import ACTIONS_TASK, METHODS
 
-# Times Scott's rule. App. E.7's "bandwidth factor of 0.8" could also be 0.8 standard deviations of the data,
-# but that would smear two peaks into one, and the paper shows two.
+# Times Scott's rule. App. E.7's "bandwidth factor of 0.8" could also be 0.8 standard deviations of
+# the data, but that would smear two peaks into one, and the paper shows two.
 BANDWIDTH = 0.8
 THIRDS = (1 / 3, 2 / 3, 1.0)  # 60M (before the first refinement), 120M and 180M steps
 
 
 def gain(samples: np.ndarray, seed: int = 0) -> float:
-    """Nats a sample by which two Gaussians beat one on half of the samples (n, d), fitted on the others."""
+    """Nats a sample by which two Gaussians beat one on half of the samples (n, d), fitted on the
+    others.
+    """
     shuffled = np.random.default_rng(seed).permutation(samples)
     shuffled = (shuffled - shuffled.mean(0)) / np.maximum(shuffled.std(0), 1e-12)  # changes nothing
     train, test = np.array_split(shuffled, 2)
-    with threadpool_limits(1):  # so small a fit takes fifty times as long on threads that wait for each other
-        one, two = (GaussianMixture(n, n_init=2 * n - 1, random_state=seed).fit(train) for n in (1, 2))
+    # So small a fit takes fifty times as long on threads that wait for each other.
+    with threadpool_limits(1):
+        fits = [GaussianMixture(n, n_init=2 * n - 1, random_state=seed).fit(train) for n in (1, 2)]
+        one, two = fits
         return float(two.score(test) - one.score(test))
 
 
 def dip(density: np.ndarray) -> float:
-    """The deepest valley of a density (m,) along a line, as a share of the lower of the peaks around it.
+    """The deepest valley of a density (m,) along a line, as a share of the lower of the peaks
+    around it.
 
     Peaks under a twentieth of the highest do not count: single samples make some in the tails.
     """
@@ -49,13 +54,16 @@ def dip(density: np.ndarray) -> float:
 
 
 def common_projection(groups: list[np.ndarray]) -> np.ndarray:
-    """The first principal component (d,) of groups of samples (n, d), each about its mean, of equal variance.
+    """The first principal component (d,) of groups of samples (n, d), each about its mean, of equal
+    variance.
 
-    So the axis shows how policies spread and not how they differ, and no wide policy decides it alone. Its
-    largest entry is positive.
+    So the axis shows how policies spread and not how they differ, and no wide policy decides it
+    alone. Its largest entry is positive.
     """
     covariances = [np.atleast_2d(np.cov(samples.T)) for samples in groups]
-    mean = np.mean([covariance / max(np.trace(covariance), 1e-12) for covariance in covariances], axis=0)
+    mean = np.mean(
+        [covariance / max(np.trace(covariance), 1e-12) for covariance in covariances], axis=0
+    )
     axis = np.linalg.eigh(mean)[1][:, -1]
     return axis * np.sign(axis[np.argmax(np.abs(axis))])
 
@@ -66,7 +74,9 @@ def kernel_density(samples: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def fixed_observations(env: Any, seed: int, count: int) -> np.ndarray:
-    """Initial observations (count, obs_dim) from PRNGKey(seed): no method's own, and all have seen such."""
+    """Initial observations (count, obs_dim) from PRNGKey(seed): no method's own, and all have seen
+    such.
+    """
     import jax
 
     keys = jax.random.split(jax.random.PRNGKey(seed), count)
@@ -74,15 +84,15 @@ def fixed_observations(env: Any, seed: int, count: int) -> np.ndarray:
 
 
 def wanted_steps(group: runs.Group, run: Path) -> list[int | None]:
-    """The saved policies' steps at a third, two thirds and the end of training; None where there is none.
+    """The saved policies' steps at a third, two thirds and the end of training; None where there is
+    none.
 
-    They are GoRL's ends of stages, before the decoder is refined. A baseline's policy of 60M steps is of the
-    first iteration that has them, which may be the one after that.
+    They are the ends of GoRL's stages, before the decoder is refined.
     """
-    saved, args = policies.saved_steps(run), runs.read_args(run)
-    size = args["batch_size"] * args["num_minibatches"] * args["unroll_length"]
-    steps = [int((2 * third * group.total + size) // (2 * size) * size) for third in THIRDS]
-    return [next((s for s in (step, step + size) if s in saved), None) for step in steps]
+    saved = policies.saved_steps(run)
+    args = runs.read_args(run)
+    steps = [runs.whole_iterations(args, group.total * sixths // 6) for sixths in (2, 4, 6)]
+    return [step if step in saved else None for step in steps]
 
 
 def draw(
@@ -92,18 +102,21 @@ def draw(
     state_seed: int = 0,
     num_states: int = 16,
 ) -> list[Path]:
-    """Draws Figure 7: densities of u (not of tanh(u), which makes two peaks of one) along one direction.
+    """Draws Figure 7: densities of u (not of tanh(u), which makes two peaks of one) along one
+    direction.
 
     Args:
         env_id: The task.
         samples: Actions of each policy at each state.
         state_seed: The state is the first that the environment's reset gives for this seed.
-        num_states: The gain is also taken at this many of its initial states; the first one is drawn.
+        num_states: The gain is also taken at this many of its initial states; the first is drawn.
 
     State, direction and all numbers are written to figure_7.json. A line a seed.
     """
     if samples < 100 or num_states < 1:
-        runs.wrong("--samples, --num-states", f"{samples}, {num_states}", "at least 100 samples, 1 state")
+        runs.wrong(
+            "--samples, --num-states", f"{samples}, {num_states}", "at least 100 samples, 1 state"
+        )
     groups, preset = runs.select(options)
     mine = {method: group for (method, task), group in groups.items() if task == env_id}
     todo = [
@@ -154,12 +167,16 @@ def draw(
                 density = kernel_density(drawn[key][0] @ axis, x)
                 dips[key] = dip(density)
                 panel.plot(x, density, color=style.line(method)["color"], linewidth=0.9, alpha=0.9)
-                panel.fill_between(x, density, color=style.line(method)["color"], alpha=0.12, linewidth=0)
+                panel.fill_between(
+                    x, density, color=style.line(method)["color"], alpha=0.12, linewidth=0
+                )
             text = "no policy saved"
             if keys:
                 mean_gain, mean_dip = np.mean([(gains[key][0], dips[key]) for key in keys], axis=0)
                 text = f"gain {mean_gain:.3f}\ndip {mean_dip:.2f}"
-            panel.annotate(text, (0.98, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=6)
+            panel.annotate(
+                text, (0.98, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=6
+            )
             panel.set(yticks=[], xlim=(x[0], x[-1]), ylim=(0, None))
             panel.grid(visible=False)
             if method == methods[0]:
@@ -168,7 +185,8 @@ def draw(
     for panel in panels[-1]:
         panel.set_xlabel("u along the first principal component")
     counts = {len({seed for m, seed, _ in drawn if m == method}) for method in methods}
-    kind = f"{env_id}, density of {samples:,} u at one state, a line a seed (gain and dip: their mean):"
+    kind = f"{env_id}, density of {samples:,} u at one state, a line a seed"
+    kind += " (gain and dip: their mean):"
     text = style.note([mine[method] for method in methods], preset, kind, counts)
     style.finish(figure, [], text)
     record = {
@@ -195,7 +213,9 @@ def draw(
     }
     for line in record["policies"]:
         values = ", ".join(f"{k} {v:.3f}" for k, v in line.items() if k.startswith(("gain", "dip")))
-        print(f"{style.label(line['method'])}, seed {line['seed']}, step {line['step']:,}: {values}")
+        print(
+            f"{style.label(line['method'])}, seed {line['seed']}, step {line['step']:,}: {values}"
+        )
     files = style.save(figure, options.out, "figure_7")
     (file := options.out / "figure_7.json").write_text(json.dumps(record, indent=1))
     return [*files, file]

@@ -1,7 +1,7 @@
 """What the paper reports and these modules draw ours beside: its tasks, methods and Table 1.
 
-Zhang et al., "GoRL: An Algorithm-Agnostic Framework for Online Reinforcement Learning with Generative
-Policies" (2025).
+Zhang et al., "GoRL: An Algorithm-Agnostic Framework for Online Reinforcement Learning with
+Generative Policies" (2025).
 """
 
 TASKS = ("CheetahRun", "FingerSpin", "FingerTurnHard", "FishSwim", "HopperStand", "WalkerWalk")
@@ -17,7 +17,8 @@ METHODS = {
 SEEDS = 5
 TOTAL_TIMESTEPS = 180_000_000
 
-# Table 1: final normalised return, mean and std over five seeds, a row a method, a column a task as in TASKS.
+# Table 1: final normalised return, mean and std over five seeds, a row a method, a column a task as
+# in TASKS.
 TABLE_1 = {
     "ppo_gaussian": [
         (724.83, 155.67),

@@ -10,7 +10,12 @@ import numpy as np
 
 from plotting.runs import CannotDraw
 
-CAMERA = {"HopperStand": "cam0", "FingerSpin": "cam0", "FingerTurnHard": "cam0", "FishSwim": "tracking_x"}
+CAMERA = {
+    "HopperStand": "cam0",
+    "FingerSpin": "cam0",
+    "FingerTurnHard": "cam0",
+    "FishSwim": "tracking_x",
+}
 PROBE = """
 import mujoco
 model = mujoco.MjModel.from_xml_string("<mujoco/>")
@@ -21,8 +26,8 @@ mujoco.Renderer(model, 8, 8).update_scene(mujoco.MjData(model))
 def pick_backend() -> str:
     """The OpenGL backend that works here, EGL (GPU or software) or OSMesa, put into MUJOCO_GL.
 
-    MuJoCo reads MUJOCO_GL when it is imported, so this comes before. CannotDraw if neither works; a backend
-    that the user has set is taken as it is, if it works.
+    MuJoCo reads MUJOCO_GL when it is imported, so this comes before. CannotDraw if neither works; a
+    backend that the user has set is taken as it is, if it works.
     """
     if "mujoco" in sys.modules and "MUJOCO_GL" not in os.environ:
         raise RuntimeError("pick_backend has to be called before mujoco is imported")
@@ -30,7 +35,10 @@ def pick_backend() -> str:
     for backend in [asked] if asked else ["egl", "osmesa"]:
         environment, probe = os.environ | {"MUJOCO_GL": backend}, [sys.executable, "-c", PROBE]
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hang
-            if subprocess.run(probe, env=environment, capture_output=True, timeout=60).returncode == 0:
+            if (
+                subprocess.run(probe, env=environment, capture_output=True, timeout=60).returncode
+                == 0
+            ):
                 os.environ["MUJOCO_GL"] = backend
                 return backend
     tried = f"MUJOCO_GL={asked}" if asked else "EGL and OSMesa"

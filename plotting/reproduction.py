@@ -1,4 +1,5 @@
-"""How well the paper reproduces: every cell of its Table 1 beside the longest run of it that there is.
+"""How well the paper reproduces: every cell of its Table 1 beside the longest run of it that there
+is.
 
 python -m plotting.reproduction --runs results --to results/README.md
 
@@ -27,10 +28,13 @@ class Logs:
 def longest(groups: tuple[runs.Group, ...], method: str, task: str) -> runs.Group | None:
     """The run of a cell: of the paper's preset if there is one, the longest, nearest to its preset.
 
-    Runs of a variant (`--exp-name`), on a frozen decoder, or with other physics are none of the cell.
+    Runs of a variant (`--exp-name`), on a frozen decoder, or with other physics are none of the
+    cell.
     """
     variants = {"exp_name", "decoder_from", "impl"}
-    mine = [g for g in groups if (g.method, g.task) == (method, task) and not variants & set(g.settings)]
+    mine = [
+        g for g in groups if (g.method, g.task) == (method, task) and not variants & set(g.settings)
+    ]
 
     def order(g: runs.Group) -> tuple:
         return g.preset == "paper", g.total, -len(g.settings), len(g.curves), str(g.settings)
@@ -55,7 +59,9 @@ def rows(groups: tuple[runs.Group, ...], root: Path) -> list[tuple[str, ...]]:
             commands = ", ".join(f"`{pack.command_of(a)}`" for a in args)
             ours = f"{mean:.1f} ± {std:.1f}" if len(returns) > 1 else f"{mean:.1f}"
             steps = f"{int(runs.align(group)[0][-1]) / 1e6:.4g}M"
-            table.append((task, name, paper, ours, str(len(returns)), steps, devices, commands, logs))
+            table.append(
+                (task, name, paper, ours, str(len(returns)), steps, devices, commands, logs)
+            )
     return table
 
 
@@ -66,21 +72,21 @@ def as_markdown(table: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *table)]
     none = sum(row[3] == "not run yet" for row in table)
     smaller = len(table) - full - none
-    lines += [
-        "",
-        f"Of {len(table)} cells, {full} are of the paper's size, {smaller} smaller, {none} not run.",
-    ]
-    return "\n".join(lines) + "\n"
+    count = f"{full} are of the paper's size, {smaller} smaller, {none} not run."
+    return "\n".join([*lines, "", f"Of {len(table)} cells, {count}"]) + "\n"
 
 
 def draw(logs: Logs, to: Path = Path("results/README.md")) -> list[Path]:
-    """Writes the table of every cell of Table 1 into a Markdown file, between the marks that it has.
+    """Writes the table of every cell of Table 1 into a Markdown file, between the marks that it
+    has.
 
     Args:
         to: The file; logs are named relative to its folder.
     """
     text = to.read_text() if to.is_file() else ""
-    if [text.count(mark) for mark in MARKS] != [1, 1] or text.index(MARKS[0]) > text.index(MARKS[1]):
+    if [text.count(mark) for mark in MARKS] != [1, 1] or text.index(MARKS[0]) > text.index(
+        MARKS[1]
+    ):
         runs.wrong("--to", to, f"a file with the lines {MARKS[0].strip()} and {MARKS[1].strip()}")
     (before, _, rest), groups = text.partition(MARKS[0]), runs.load(logs.runs)
     table = as_markdown(rows(groups, to.parent))

@@ -1,7 +1,9 @@
-"""Run directories, in one place: what is there, what is whole, what belongs together, on which steps.
+"""Run directories, in one place: what is there, what is whole, what belongs together, on which
+steps.
 
-A run is a folder with the `args.json` and `eval.csv` of a script. Runs belong together (a `Group`) if they
-agree in method, task, preset and every argument that matters to training; seeds and commits may differ.
+A run is a folder with the `args.json` and `eval.csv` of a script. Runs belong together (a `Group`)
+if they agree in method, task, preset and every argument that matters to training; seeds and commits
+may differ.
 """
 
 import importlib
@@ -25,30 +27,29 @@ from plotting.paper import METHODS, TASKS
 ROOT = Path(__file__).resolve().parent.parent  # where the scripts are
 
 # Arguments that do not change what is learned (or are told apart by other means).
-INCIDENTAL = {
-    "env_id",
-    "seed",
-    "num_seeds",
-    "seeds",
-    "preset",
-    "versions",
-    "eval_every",
-    "eval_envs",
-    "resume",
-    "distributed",
-}
-INCIDENTAL |= {"runs_dir", "track", "wandb_project_name", "wandb_entity"}
+INCIDENTAL = {"env_id", "seed", "num_seeds", "seeds", "preset", "versions", "eval_every"}
+INCIDENTAL |= {"eval_envs", "resume", "distributed", "runs_dir"}
+INCIDENTAL |= {"track", "wandb_project_name", "wandb_entity"}
+
+# Arguments that scripts of the first version had beside today's, at their defaults: the old logs in
+# `results/` have them, too, and are drawn beside new ones.
+GONE = {"max_grad_norm": 0.0, "target": "noise", "latent_penalty": "kl"}
+GONE |= {"reinit_critic": False, "decoder_from_scratch": False}
 
 
 @dataclass(frozen=True)
 class Options:
     """What every item of `plotting` takes."""
 
-    runs: tuple[Path, ...] = (Path("results"), Path("runs"))  # run directories, or folders that hold some
+    # run directories, or folders that hold some
+    runs: tuple[Path, ...] = (Path("results"), Path("runs"))
     out: Path = Path("figures")  # where the files go
-    preset: Literal["auto", "paper", "cpu"] = "auto"  # the runs' preset; auto: paper if there are such runs
-    where: tuple[str, ...] = ()  # draw runs that differ from their preset in just this: argument=value ...
-    unfinished: bool = False  # draw runs that have not ended, too, as far as all their seeds have come
+    # the runs' preset; auto: paper if there are such runs
+    preset: Literal["auto", "paper", "cpu"] = "auto"
+    # draw runs that differ from their preset in just this: argument=value ...
+    where: tuple[str, ...] = ()
+    # draw runs that have not ended, too, as far as all their seeds have come
+    unfinished: bool = False
 
     def __post_init__(self) -> None:
         writable("--out", self.out)
@@ -100,7 +101,9 @@ class Group:
         seeds = f"seeds {', '.join(map(str, sorted(self.curves)))}, {self.total / 1e6:g}M steps"
         commits = sorted({curve.commit for curve in self.curves.values()})
         folders += f"; commits {', '.join(commits)}" * (len(commits) > 1)
-        return f"{METHODS.get(self.method, self.method)}, {self.task}{different}: {seeds} ({folders})"
+        return (
+            f"{METHODS.get(self.method, self.method)}, {self.task}{different}: {seeds} ({folders})"
+        )
 
     @property
     def reached(self) -> int:
@@ -125,7 +128,9 @@ def script_of(stem: str) -> ModuleType | None:
 
 @cache
 def preset_args(stem: str, preset: str) -> dict[str, Any]:
-    """What a script's preset sets each argument to; nothing for a script that is not here or lacks `Args`."""
+    """What a script's preset sets each argument to; nothing for a script that is not here or lacks
+    `Args`.
+    """
     try:
         if (script := script_of(stem)) is None:
             return {}
@@ -142,9 +147,13 @@ def default_stages(total: int) -> list[int]:
 
 
 def usual_args(stem: str, preset: str, total: int) -> dict[str, Any]:
-    """A preset's arguments, with the stages that a total has by default; nothing for an unknown script."""
+    """A preset's arguments, with the stages that a total has by default; nothing for an unknown
+    script.
+    """
     default = preset_args(stem, preset)
-    return default and default | {"stage_timesteps": default_stages(total), "exp_name": stem}
+    if not default:
+        return {}
+    return GONE | default | {"stage_timesteps": default_stages(total), "exp_name": stem}
 
 
 def refinements(group: Group) -> list[int]:
@@ -157,18 +166,42 @@ def refinements(group: Group) -> list[int]:
 def settings_of(args: dict[str, Any]) -> dict[str, Any]:
     """Arguments of an args.json that differ from its preset's and matter to training.
 
-    Of `--decoder-from RUN_DIR:STAGE` only the stage: each seed may have a decoder of its own.
+    Of `--decoder-from` only the decoder's stage: each seed may have a decoder of its own.
     """
-    stem, different = Path(args["versions"]["script"]).stem, {}
-    if not (default := usual_args(stem, args.get("preset", "paper"), args["total_timesteps"])):
-        return {}
+    stem = Path(args["versions"]["script"]).stem
+    default = usual_args(stem, args.get("preset", "paper"), args["total_timesteps"])
+    different = {}
     for name, value in args.items():
-        usual = list(u) if isinstance(u := default.get(name), tuple) else u
-        if name not in INCIDENTAL and not name.startswith("checkpoint") and value != usual:
+        usual = default.get(name)
+        if isinstance(value, list) and len(value) == 1 and not isinstance(usual, list | tuple):
+            value = value[0]  # the first version wrote a single number for all stages as a list
+        incidental = name in INCIDENTAL or name.startswith("checkpoint")
+        if default and not incidental and items(value) != items(usual):
             different[name] = value
     if "decoder_from" in different:
-        different["decoder_from"] = int(str(different["decoder_from"]).rsplit(":", 1)[-1])
+        different["decoder_from"] = decoder_of(str(different["decoder_from"]))
     return different
+
+
+def decoder_of(named: str) -> int | str:
+    """The stage of the decoder that `--decoder-from` names, or what it says of it.
+
+    It names a policy file, saved at the end of a stage; which one, the args.json of its run tells.
+    Without that it is the file's name. The first version's argument was RUN_DIR:STAGE.
+    """
+    if named.rpartition(":")[2].isdigit():
+        return int(named.rpartition(":")[2])
+    file = Path(named)
+    for run in (file.parent.parent, ROOT / file.parent.parent):
+        try:
+            args = read_args(run)
+        except ValueError:
+            continue
+        stages = args.get("stage_timesteps") or default_stages(args["total_timesteps"])
+        ends = [f"policy_{whole_iterations(args, end)}" for end in accumulate(stages)]
+        if file.stem in ends:
+            return ends.index(file.stem)
+    return file.stem
 
 
 def read_args(run: Path) -> dict[str, Any]:
@@ -185,7 +218,8 @@ def read_args(run: Path) -> dict[str, Any]:
     versions = args["versions"] if isinstance(args["versions"], dict) else {}
     texts = [args["env_id"], args.get("preset", ""), versions.get("script")]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError("args.json is damaged or of an old version: env_id, preset or versions/script")
+        text = "args.json is damaged or of an old version: env_id, preset or versions/script"
+        raise ValueError(text)
     numbers = [*(args[name] for name in sizes), args.get("num_seeds", 1)]
     if not all(type(n) is int and n > 0 for n in numbers) or type(args["seed"]) is not int:
         raise ValueError("args.json is damaged: its sizes and seeds are not numbers above 0")
@@ -206,14 +240,19 @@ def read_table(file: Path) -> dict[str, np.ndarray]:
     return dict(zip(names, table.T, strict=True))
 
 
-def last_step(args: dict[str, Any]) -> int:
-    """Where a run of these arguments ends: its total, rounded to whole iterations as the scripts do."""
+def whole_iterations(args: dict[str, Any], steps: int) -> int:
+    """Steps, rounded to whole iterations of a run of these arguments, as the scripts do."""
     size = args["batch_size"] * args["num_minibatches"] * args["unroll_length"]
-    return (2 * args["total_timesteps"] + size) // (2 * size) * size
+    return (2 * steps + size) // (2 * size) * size
+
+
+def last_step(args: dict[str, Any]) -> int:
+    """Where a run of these arguments ends."""
+    return whole_iterations(args, args["total_timesteps"])
 
 
 def read_run(run: Path, unfinished: bool = False) -> tuple[dict[str, Any], dict[int, Curve]]:
-    """Arguments and every seed's curve; ValueError if anything is missing, damaged or not finished."""
+    """Arguments and every seed's curve; ValueError if anything is missing, damaged, unfinished."""
     args = read_args(run)
     table = read_table(run / "eval.csv")
     if missing := {"seed", "step", "return_mean"} - set(table):
@@ -225,16 +264,20 @@ def read_run(run: Path, unfinished: bool = False) -> tuple[dict[str, Any], dict[
         if len(steps) == 0:
             raise ValueError(f"eval.csv has no row of seed {seed}")
         if not np.isfinite([steps, returns]).all() or (np.diff(steps) <= 0).any():
-            raise ValueError(f"eval.csv, seed {seed}: returns that are not finite, or steps out of order")
+            raise ValueError(
+                f"eval.csv, seed {seed}: returns that are not finite, or steps out of order"
+            )
         if steps[-1] > last_step(args) or (steps[-1] < last_step(args) and not unfinished):
-            raise ValueError(f"seed {seed} is not finished: at step {steps[-1]:.0f} of {last_step(args)}")
+            raise ValueError(
+                f"seed {seed} is not finished: at step {steps[-1]:.0f} of {last_step(args)}"
+            )
         curves[seed] = Curve(steps, returns, run, str(args["versions"].get("git_commit")))
     return args, curves
 
 
 def find(paths: tuple[Path, ...]) -> list[Path]:
-    """Run directories in or under these folders, also behind links: those with a time in their name first,
-    the newest before the others, then by name. A missing folder ends the program, status 2.
+    """Run directories in or under these folders, also behind links: those with a time in their name
+    first, the newest before the others, then by name. A missing folder ends the program, status 2.
     """
     found, seen = set(), set()
     for path in paths:
@@ -257,7 +300,7 @@ def find(paths: tuple[Path, ...]) -> list[Path]:
 
 @cache
 def load(paths: tuple[Path, ...], unfinished: bool = False) -> tuple[Group, ...]:
-    """All groups under these folders. What is not whole is named and skipped; a seed counts once."""
+    """All groups in these folders. What is not whole is named and skipped; a seed counts once."""
     groups: dict[tuple, Group] = {}
     whole = []
     for run in find(paths):
@@ -270,19 +313,23 @@ def load(paths: tuple[Path, ...], unfinished: bool = False) -> tuple[Group, ...]
     whole.sort(key=lambda x: min(curve.steps[-1] for curve in x[1].values()) < last_step(x[0]))
     for args, curves, settings in whole:
         method, preset = Path(args["versions"]["script"]).stem, args.get("preset", "none")
-        key = (method, args["env_id"], preset, args["total_timesteps"], json.dumps(settings, sort_keys=True))
-        group = Group(method, args["env_id"], preset, settings, args["total_timesteps"], last_step(args))
+        task, total = args["env_id"], args["total_timesteps"]
+        key = (method, task, preset, total, json.dumps(settings, sort_keys=True))
+        group = Group(method, task, preset, settings, total, last_step(args))
         group = groups.setdefault(key, group)
         for seed, curve in curves.items():
             first = group.curves.setdefault(seed, curve)
             if first is not curve:
-                why = "a copy of" if all(map(np.array_equal, first[:2], curve[:2])) else "there is already"
+                same = all(map(np.array_equal, first[:2], curve[:2]))
+                why = "a copy of" if same else "there is already"
                 print(f"skipped seed {seed} of {curve.run}: {why} {first.run}")
     return tuple(groups[key] for key in sorted(groups))
 
 
 def items(value: Any) -> list[Any]:
-    """A setting as a list of numbers, where they are some: 0.1, "1e-1", [0.1] and "0.1" are the same."""
+    """A setting as a list of numbers, where they are some: 0.1, "1e-1", [0.1] and "0.1" are the
+    same.
+    """
     if not isinstance(value, list | tuple):
         value = str(value).split(",")
 
@@ -299,16 +346,19 @@ def asked(options: Options, groups: tuple[Group, ...]) -> dict[str, str]:
     """`--where` by argument; one that no script of the groups has ends the program."""
     pairs = (item.partition("=") for item in options.where)
     where = {name.strip("-").replace("-", "_"): value for name, _, value in pairs}
-    known = set().union(*(preset_args(g.method, "paper") for g in groups)) - INCIDENTAL
-    if groups and (unknown := sorted(set(where) - known)):
-        wrong("--where", unknown[0], "an argument that matters to training, of a script that was run")
+    known = set().union(*({*preset_args(g.method, "paper"), *g.settings} for g in groups))
+    unknown = sorted(set(where) - (known - INCIDENTAL))
+    if groups and unknown:
+        takes = "an argument that matters to training, of a script that was run"
+        wrong("--where", unknown[0], takes)
     if len(where) < len(options.where):
         wrong("--where", " ".join(options.where), "each argument once")
     return where
 
 
 def as_asked(group: Group, where: dict[str, str], free: tuple[str, ...] = ()) -> bool:
-    """Whether a group differs from its preset in just `where` and, however it likes, in the `free` arguments.
+    """Whether a group differs from its preset in just `where` and, however it likes, in the `free`
+    arguments.
 
     Of `where`, only the arguments that its script has count.
     """
@@ -326,32 +376,42 @@ def pick_preset(groups: Iterable[Group], options: Options) -> str:
 
 
 def select(options: Options) -> tuple[dict[tuple[str, str], Group], str]:
-    """The groups to draw by (method, task), in the paper's order, and their preset; names those left out.
+    """The groups to draw by (method, task), in the paper's order, and their preset; names those
+    left out.
 
-    A group is drawn if it differs from its preset in nothing but `--where`. CannotDraw if there is none.
+    A group is drawn if it differs from its preset in nothing but `--where`. CannotDraw if there is
+    none.
     """
     groups = load(options.runs, options.unfinished)
     where, chosen = asked(options, groups), {}
     preset = pick_preset([group for group in groups if as_asked(group, where)], options)
     order = {name: i for i, name in enumerate((*METHODS, *TASKS))}
-    for group in sorted(groups, key=lambda g: (order.get(g.method, 99), order.get(g.task, 99), g.task)):
+    for group in sorted(
+        groups, key=lambda g: (order.get(g.method, 99), order.get(g.task, 99), g.task)
+    ):
         if group.preset == preset and as_asked(group, where):
             chosen[group.method, group.task] = group
         else:
             print(f"left out: {group}")
     if not chosen:
-        call = [f"of preset {preset}"] * (options.preset != "auto") + [f"with {w}" for w in options.where]
+        call = [f"of preset {preset}"] * (options.preset != "auto") + [
+            f"with {w}" for w in options.where
+        ]
         found = ", ".join(sorted({f"preset {g.preset}" for g in groups})) or "no run at all"
-        raise CannotDraw(f"no finished run {', '.join([*call, 'else as its preset'])} (there: {found})")
+        raise CannotDraw(
+            f"no finished run {', '.join([*call, 'else as its preset'])} (there: {found})"
+        )
     for group in chosen.values():
         print(f"drawn: {group}")
     return chosen, preset
 
 
 def align(group: Group) -> tuple[np.ndarray, np.ndarray]:
-    """A group's curves on one grid: steps (S,) and returns (K, S) by seed, linear between evaluations.
+    """A group's curves on one grid: steps (S,) and returns (K, S) by seed, linear between
+    evaluations.
 
-    The grid is every step at which a seed was evaluated, from where all have begun to where the first ends.
+    The grid is every step at which a seed was evaluated, from where all have begun to where the
+    first ends.
     """
     curves = [group.curves[seed] for seed in sorted(group.curves)]
     low, high = max(c.steps[0] for c in curves), min(c.steps[-1] for c in curves)
@@ -366,13 +426,17 @@ def final_returns(group: Group) -> np.ndarray:
 
 
 def mean_std(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over seeds (the first axis), n - 1 in the variance; NaN for one seed."""
+    """Mean and standard deviation over seeds (the first axis), n - 1 in the variance; NaN for one
+    seed.
+    """
     std = returns.std(0, ddof=1) if len(returns) > 1 else np.full(returns.shape[1:], np.nan)
     return returns.mean(0), std
 
 
 def command(draw: Callable[..., list[Path]]) -> int:
-    """A module's command line: arguments from its `draw`, exit status 1 if the logs do not allow it."""
+    """A module's command line: arguments from its `draw`, exit status 1 if the logs do not allow
+    it.
+    """
     try:
         for file in tyro.cli(draw, config=(tyro.conf.OmitArgPrefixes,)):
             print(f"wrote {file}")

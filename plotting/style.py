@@ -59,20 +59,26 @@ def label(method: str) -> str:
 
 
 def line(method: str) -> dict:
-    """Colour and dashes of a method, for `plot`; a script that is not the paper's gets one by its name."""
+    """Colour and dashes of a method, for `plot`; a script that is not the paper's gets one by its
+    name.
+    """
     if method in COLOURS:
         return {"color": COLOURS[method], "dashes": DASHES.get(method, (None, None))}
     return {"color": SPARE[sum(map(ord, method)) % len(SPARE)], "dashes": (6, 1)}
 
 
 def band(axes: Axes, steps: np.ndarray, mean: np.ndarray, std: np.ndarray, **look) -> None:
-    """A learning curve: mean (S,) over seeds against steps (S,), and one std around it (NaN: no band)."""
+    """A learning curve: mean (S,) over seeds against steps (S,), and one std around it (NaN: no
+    band).
+    """
     axes.plot(steps / 1e6, mean, **look)
-    axes.fill_between(steps / 1e6, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0)
+    axes.fill_between(
+        steps / 1e6, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0
+    )
 
 
 def panels(count: int, height: float = 1.7) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels of that height (inches), three a row; narrower for a single one."""
+    """A figure with `count` panels of that height (inches), three a row; narrower for one."""
     columns = min(3, count)
     rows, width = -(-count // columns), (0.62 if count == 1 else 1.0) * WIDTH
     size = (width, 0.75 + (1.35 * height if count == 1 else height) * rows)
@@ -98,7 +104,8 @@ def note(
     counts: set[int] | None = None,
     paper: int = TOTAL_TIMESTEPS,
 ) -> str:
-    """The line over a figure: what is drawn of how many seeds and steps, and where the paper has more.
+    """The line over a figure: what is drawn of how many seeds and steps, and where the paper has
+    more.
 
     `counts`: numbers of seeds, if they are not the groups' own.
     """
@@ -131,7 +138,7 @@ def finish(figure: Figure, axes: list[Axes], text: str, columns: int = 5) -> Non
 
 
 def save(figure: Figure, out: Path, name: str) -> list[Path]:
-    """Writes NAME.png and NAME.pdf into the folder `out`, made if need be, and closes the figure."""
+    """Writes NAME.png and NAME.pdf into `out`, made if need be, and closes the figure."""
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{name}.{kind}" for kind in ("png", "pdf")]
     for file in files:

@@ -38,7 +38,9 @@ def video(
     """
     for name, pixels in (("--height", height), ("--width", width)):
         if pixels < 16 or pixels % 2:
-            runs.wrong(name, pixels, "an even number of pixels, at least 16 (H.264 takes no odd one)")
+            runs.wrong(
+                name, pixels, "an even number of pixels, at least 16 (H.264 takes no odd one)"
+            )
     if not 0 <= (env_seed or 0) < 2**31:
         runs.wrong("--env-seed", env_seed, "a number from 0 to 2147483647")
     print(f"rendering with {render.pick_backend()}")
@@ -52,17 +54,18 @@ def video(
     file = out or run_dir / f"video_{step}_seed_{seed}.mp4"
     if file.suffix != ".mp4" or file.is_dir() or not os.access(file.parent, os.W_OK):
         runs.wrong("--out", file, "a file .mp4 in a folder that can be written to")
-    print(
-        f"{script.__name__}, {args.env_id}, step {step:,}, seed {seed}, environment seed {env_seed}: running"
+    about = f"{script.__name__}, {args.env_id}, step {step:,}, seed {seed}"
+    print(f"{about}, environment seed {env_seed}: running")
+    returns, seen = policies.evaluate(
+        script, args, policy, step, env_seed, 1, not stochastic, record=True
     )
-    returns, seen = policies.evaluate(script, args, policy, step, env_seed, 1, not stochastic, record=True)
     env = script.make_env(args)
     every = max(1, round(1 / (50 * env.dt)))  # control steps a frame
     aside = file.with_name(f"unfinished_{file.name}")
-    writer = imageio_ffmpeg.write_frames(
-        str(aside), (width, height), fps=1 / (env.dt * every), codec="libx264", quality=7, macro_block_size=2
-    )
-    with warnings.catch_warnings():  # JAX warns of any child process; this one starts another program at once
+    how = {"fps": 1 / (env.dt * every), "codec": "libx264", "quality": 7, "macro_block_size": 2}
+    writer = imageio_ffmpeg.write_frames(str(aside), (width, height), **how)
+    # JAX warns of any child process; this one starts another program at once.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         writer.send(None)
     states = {name: values[::every] for name, values in seen.items()}

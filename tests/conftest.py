@@ -1,4 +1,4 @@
-"""Shared fixtures: a compilation cache for this process and its children, environments that compile fast."""
+"""What tests share: a place for compiled programs, small arguments, an agent as after training."""
 
 import os
 import socket
@@ -7,6 +7,11 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+
+# Read when JAX is imported, and by the scripts that tests start. Half the compilation time:
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "gorl" / "tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import jax.numpy as jnp
@@ -22,61 +27,23 @@ import ppo_gaussian
 GORL = [gorl_fm_ppo, gorl_diff_ppo]
 SCRIPTS = [*GORL, ppo_gaussian, fpo, dppo]
 
-# Half the compilation time; read when the first array is made, and by child processes.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+def name_of(script):
+    return script.__name__
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Compiled programs are kept between sessions; MuJoCo's log file goes to a temporary directory."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gorl" / "tests"
-    cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # for child processes
+def working_directory(tmp_path_factory):
+    """Otherwise MuJoCo's log file, and runs of a forgotten --runs-dir, stay in the repository."""
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("cwd"))
-    yield cache
+    yield
     os.chdir(before)
-
-
-class NanReward(PointMass):
-    def step(self, state, action):
-        new = super().step(state, action)
-        reward = jnp.where(jnp.isnan(new.obs[0]), jnp.nan, 1.0)
-        return new.replace(reward=reward, obs=jnp.zeros(3), done=jnp.zeros(()))
-
-
-class NanObs(PointMass):
-    def step(self, state, action):
-        return super().step(state, action).replace(reward=jnp.ones(()), done=jnp.zeros(()))
-
-
-class HugeObs(PointMass):
-    """Physics that blows up in finite numbers."""
-
-    def step(self, state, action):
-        new = super().step(state, action)
-        obs = jnp.where(jnp.isnan(new.obs), 1e10, new.obs)
-        return new.replace(reward=jnp.ones(()), done=jnp.zeros(()), obs=obs)
-
-
-class NanDone(PointMass):
-    def step(self, state, action):
-        return super().step(state, action).replace(reward=jnp.ones(()), obs=jnp.zeros(3))
 
 
 @pytest.fixture
 def point_mass():
     return PointMass()
-
-
-@pytest.fixture(params=[PointMass, NanReward, NanObs, HugeObs, NanDone])
-def nan_env(request):
-    return request.param()
-
-
-def name_of(script):
-    return script.__name__
 
 
 @pytest.fixture(params=SCRIPTS, ids=name_of)
@@ -86,49 +53,54 @@ def script(request):
 
 @pytest.fixture(scope="session")
 def make_args():
-    """Arguments small enough to run in milliseconds on a PointMass, of GoRL(FM) or another script."""
+    """Arguments small enough to run in milliseconds on a PointMass, by default of GoRL(FM)."""
 
     def make(script=gorl_fm_ppo, **changes):
-        sizes = {"num_envs": 4, "unroll_length": 5, "batch_size": 4, "num_minibatches": 2, "update_epochs": 2}
-        sizes |= {"total_timesteps": 240, "eval_envs": 4, "episode_length": 20}
-        if script in GORL:  # coefficients as in an iteration: those of its stage
-            sizes |= {
-                "stage_timesteps": (80, 80, 40, 40),
-                "kl_coef": 0.0,
-                "clip_eps": 0.2,
-                "max_grad_norm": 1.0,
-            }
+        sizes = {"num_envs": 4, "unroll_length": 5, "batch_size": 4, "num_minibatches": 2}
+        sizes |= {"update_epochs": 2, "total_timesteps": 240, "eval_envs": 4, "episode_length": 20}
+        if script in GORL:
+            sizes |= {"stage_timesteps": (80, 80, 40, 40), "decoder_epochs": 2}
+            sizes |= {"decoder_batch_size": 16, "decoder_buffer_size": 60}
         return replace(script.Args(), **sizes | changes)
 
     return make
 
 
 def randomize(tree, key, scale):
-    """The tree with noise on every floating leaf: networks and statistics as after some training."""
+    """The tree with noise on every array of it."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    new = [
-        x + scale * jax.random.normal(k, x.shape) if jnp.issubdtype(x.dtype, jnp.floating) else x
-        for x, k in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(structure, new)
+    noise = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.map(lambda x, n: x + scale * n, tree, jax.tree.unflatten(structure, noise))
+
+
+def trained_network(network, key, scale):
+    """Parameters and Adam's moments as after seven steps."""
+    keys = jax.random.split(key, 3)
+    adam = network.opt_state[0]
+    mu = randomize(adam.mu, keys[0], 0.05)
+    nu = jax.tree.map(jnp.abs, randomize(adam.nu, keys[1], 0.05))
+    adam = adam._replace(count=adam.count + 7, mu=mu, nu=nu)
+    params = randomize(network.params, keys[2], scale)
+    opt_state = (adam, *network.opt_state[1:])
+    return network.replace(step=network.step + 7, params=params, opt_state=opt_state)
 
 
 def trained(agent, key):
-    """An agent with weights, Adam states and statistics (positive variance and count) as after training."""
-    keys, obs_dim = jax.random.split(key, 4), agent.stats.mean.shape
-    mean, var = (
-        jax.random.normal(keys[0], obs_dim),
-        jax.random.uniform(keys[1], obs_dim, minval=0.5, maxval=2.0),
-    )
+    """The agent with networks and statistics as after training, decoder and its own included."""
+    keys = jax.random.split(key, 5)
+    obs_shape = agent.stats.mean.shape
+    mean = jax.random.normal(keys[0], obs_shape)
+    var = jax.random.uniform(keys[1], obs_shape, minval=0.5, maxval=2.0)
     stats = agent.stats._replace(count=jnp.float32(1000), mean=mean, var=var)
-    params, opt = randomize(agent.params, keys[2], 0.05), randomize(agent.opt, keys[2], 0.05)
-    opt = jax.tree.map(lambda x: x + 7 if x.dtype == jnp.int32 else jnp.abs(x), opt)
-    agent = agent.replace(params=params, opt=opt, stats=stats)
-    if not hasattr(agent, "decoder"):
+    policy = "encoder" if "encoder" in agent._fields else "actor"
+    policy_network = trained_network(getattr(agent, policy), keys[2], 0.05)
+    critic = trained_network(agent.critic, keys[3], 0.05)
+    agent = agent._replace(**{policy: policy_network}, critic=critic, stats=stats)
+    if policy == "actor":
         return agent
-    net = randomize(agent.decoder["net"], keys[3], 0.1)
-    return agent.replace(decoder={"net": net, "stats": stats._replace(mean=mean + 0.5)})
+    decoder = trained_network(agent.decoder, keys[4], 0.1)
+    return agent._replace(decoder=decoder, decoder_stats=stats._replace(mean=mean + 0.5))
 
 
 def processes(count, *command, flag=(), each=((),) * 4):
@@ -153,7 +125,5 @@ def ended(process, timeout=300):
         for file in process.files:
             file.seek(0)
         out, err = (file.read() for file in process.files)
-        # JAX 0.10 says of each program in its cache, in kilobytes, that it was compiled for this machine.
-        err = "".join(line for line in err.splitlines(True) if "cpu_aot_loader" not in line)
         print(out[-2000:], err[:4000])  # pytest shows it if the test fails
     return process.returncode, out, err

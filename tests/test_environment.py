@@ -1,227 +1,426 @@
-"""Environments and rollouts: resets, NaN physics, ratios of exactly 1, seeds side by side."""
+"""Environments and rollouts: resets, terminal states, broken physics, ratios of 1, seeds."""
 
-from dataclasses import replace
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import mujoco
 import numpy as np
 import pytest
-from conftest import PointMass, trained
+from conftest import trained
+from mujoco_playground import registry
+from mujoco_playground._src import mjx_env
+from oracles import numpy_gae, numpy_mlp, with_output
 from scipy import stats
+from toy import PointMass, Walled
 
 import gorl_fm_ppo as gorl
 
 KEY = jax.random.PRNGKey(0)
-gorl_reset = gorl.reset_envs
-STAGED = {"clip_eps": (1e-4,), "kl_coef": (0.0,), "max_grad_norm": (1.0,)}
+CLIP_EPS = 0.2
 
 
-def finite(tree):
+class NanReward(PointMass):
+    def step(self, state, action):
+        new = super().step(state, action)
+        reward = jnp.where(jnp.isnan(new.obs[0]), jnp.nan, 1.0)
+        return new.replace(reward=reward, obs=jnp.zeros(3), done=jnp.zeros(()))
+
+
+class NanObs(PointMass):
+    def step(self, state, action):
+        return super().step(state, action).replace(reward=jnp.ones(()), done=jnp.zeros(()))
+
+
+class HugeObs(PointMass):
+    """Physics that blows up in finite numbers."""
+
+    def step(self, state, action):
+        new = super().step(state, action)
+        obs = jnp.where(jnp.isnan(new.obs), 1e10, new.obs)
+        return new.replace(reward=jnp.ones(()), done=jnp.zeros(()), obs=obs)
+
+
+@pytest.fixture(params=[PointMass, NanReward, NanObs, HugeObs])
+def nan_env(request):
+    return request.param()
+
+
+def is_finite(tree):
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
 def burning(envs, index, fuse):
-    """The environments, of which one goes NaN in its `fuse`-th step."""
+    """The environments, of which one breaks in its `fuse`-th step."""
     data = envs.state.data | {"fuse": envs.state.data["fuse"].at[index].set(fuse)}
     return envs._replace(state=envs.state.replace(data=data))
 
 
-def start(args, env, key=KEY):
-    agent = gorl.init_agent(args, env.observation_size, env.action_size, key)
-    return trained(agent, key), gorl.reset_envs(env, args.num_envs, key)
+def start(args, env):
+    """A state in the middle of a training."""
+    state = gorl.init_state(args, env, KEY, 0)
+    return state._replace(agent=trained(state.agent, KEY))
 
 
-def train_state(args, env):
-    agent, envs = start(args, env)
-    ring = {"obs": jnp.zeros((30, 4, 3)), "u": jnp.zeros((30, 4, 2)), "reward": jnp.zeros((30, 4))}
-    return gorl.TrainState(agent, envs, ring, None)
+def pushing(args, env, mean):
+    """An agent whose deterministic u is `mean` everywhere."""
+    agent = gorl.init_agent(args, env, KEY)
+    params = with_output(agent.encoder.params, [*mean, 0.0, 0.0])
+    return agent._replace(encoder=agent.encoder.replace(params=params))
+
+
+# --- ends of episodes ---
 
 
 def test_time_limit(make_args, point_mass):
-    """Otherwise episodes are longer or shorter than --episode-length, or go on from where they ended."""
+    """Otherwise episodes are longer or shorter than --episode-length, or never start again."""
     args = make_args(episode_length=3)
     envs = gorl.reset_envs(point_mass, 4, KEY)
     step = jax.jit(partial(gorl.step_envs, args, point_mass))
     for i in range(1, 10):
-        x = envs.state.data["x"]
-        envs, reward, truncated, broken = step(envs, jnp.full((4, 2), 0.5))
-        moved = np.float64(x) + 0.1 * np.tanh(0.5)
+        moved = np.float64(envs.state.data["x"]) + 0.1 * np.tanh(0.5)
+        envs, reward, terminated, truncated, broken = step(envs, jnp.full((4, 2), 0.5))
         np.testing.assert_allclose(reward, np.exp(-np.square(moved).sum(-1)), rtol=1e-5)
-        assert (truncated == (i % 3 == 0)).all() and not broken.any() and (envs.steps == i % 3).all()
+        assert (truncated == (i % 3 == 0)).all()
+        assert not terminated.any()
+        assert not broken.any()
+        assert (envs.steps == i % 3).all()
         if i % 3 == 0:
             jax.tree.map(np.testing.assert_array_equal, envs.state, envs.first)
         else:
             np.testing.assert_allclose(envs.state.data["x"], moved, rtol=1e-5)
 
 
-def test_initial_states_differ(point_mass):
+def test_terminal_state(make_args):
+    """Otherwise an episode goes on behind its end, or its end is taken for the time limit."""
+    env = Walled()
+    args = make_args(episode_length=8)
+    envs = gorl.reset_envs(env, 64, KEY)
+    step = jax.jit(partial(gorl.step_envs, args, env))
+    u = jnp.tile(jnp.array([2.0, 0.5]), (64, 1))
+    x = first = np.float64(envs.state.data["x"])
+    steps = np.zeros(64)
+    both = 0
+    for _ in range(30):
+        x = x + 0.1 * np.tanh([2.0, 0.5])
+        steps += 1
+        envs, reward, terminated, truncated, broken = step(envs, u)
+        outside = (np.abs(x) > 1).any(-1)
+        np.testing.assert_allclose(reward, np.exp(-np.square(x).sum(-1)), rtol=1e-4)
+        np.testing.assert_array_equal(terminated, outside)
+        np.testing.assert_array_equal(truncated, (steps == 8) & ~outside)
+        assert not broken.any()
+        both += (outside & (steps == 8)).sum()
+        x = np.where((outside | (steps == 8))[:, None], first, x)
+        steps = np.where(outside | (steps == 8), 0, steps)
+        np.testing.assert_allclose(envs.state.data["x"], x, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(envs.steps, steps)
+    assert both > 0
+
+
+def test_targets_and_advantages_around_terminal_states(make_args):
+    """Otherwise returns reach over an episode's end, or bootstrap from where it started again."""
+    env = Walled()
+    args = make_args(num_envs=32, batch_size=32, num_minibatches=4, episode_length=9)
+    state = start(args, env)
+    envs, steps = jax.jit(partial(gorl.rollout, args, env))(state.agent, state.envs, KEY)
+    unrolls = gorl.as_unrolls(args, state.agent.stats, steps, envs)
+    value = gorl.MLP((256,) * 5 + (1,)).apply(state.agent.critic.params, unrolls.obs)[..., 0].T
+    ends = unrolls.terminated.T, unrolls.truncated.T
+    got = gorl.gae(args, unrolls.reward.T, *ends, value)
+
+    # From the positions and actions alone.
+    x = np.float64(steps.obs[..., :2]) + 0.1 * np.tanh(np.float64(steps.u))
+    reward = 10 * np.exp(-np.square(x).sum(-1))
+    terminated = (np.abs(x) > 1).any(-1)
+    truncated = np.zeros_like(terminated)
+    age = np.zeros(32)
+    for t in range(len(x)):
+        age += 1
+        truncated[t] = (age == 9) & ~terminated[t]
+        age[terminated[t] | truncated[t]] = 0
+    assert terminated.mean() > 0.02
+    assert truncated.mean() > 0.02
+
+    obs = np.concatenate([steps.obs, envs.state.obs[None]])
+    obs = np.clip((obs - state.agent.stats.mean) / np.sqrt(state.agent.stats.var), -10, 10)
+    all_values = numpy_mlp(state.agent.critic.params["params"], np.float64(obs))[..., 0]
+    pieces = []
+    for begin in range(0, 20, 5):
+        now = slice(begin, begin + 5)
+        data = reward[now], terminated[now], truncated[now], all_values[begin : begin + 6]
+        pieces.append(numpy_gae(*data, args.gamma, args.gae_lambda))
+    for ours, *theirs in zip(got, *pieces, strict=True):
+        np.testing.assert_allclose(ours, np.concatenate(theirs, axis=1), rtol=1e-4, atol=1e-3)
+    target = np.asarray(got[0])
+    np.testing.assert_allclose(target[ends[0]], unrolls.reward.T[ends[0]], rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_ends_at_a_terminal_state(make_args):
+    """Otherwise returns count the rewards of a second episode."""
+    env = Walled()
+    args = make_args(eval_envs=32, episode_length=12)
+    agent = pushing(args, env, mean=[1.0, -0.5])
+    got = jax.jit(partial(gorl.evaluate, args, env))(agent, KEY, 7, True)
+    reset_key, _ = jax.random.split(jax.random.fold_in(KEY, 7))
+    x = np.float64(gorl.reset_envs(env, 32, reset_key).state.data["x"])
+    want = np.zeros(32)
+    running = np.ones(32, bool)
+    for _ in range(12):
+        x = x + 0.1 * np.tanh([1.0, -0.5])
+        want += running * np.exp(-np.square(x).sum(-1))
+        running &= ~(np.abs(x) > 1).any(-1)
+    assert 0.2 < running.mean() < 0.8
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_initial_states_differ(make_args, point_mass):
     """Otherwise environments, seeds, stages or evaluations replay the same episodes."""
-    seen = []
-    for seed in range(3):
-        for purpose in (gorl.RESET, gorl.EVAL_RESET):
-            for index in range(3):
-                key = gorl.derive_key(jax.random.PRNGKey(seed), purpose, index)
-                seen += gorl.reset_envs(point_mass, 4, key).state.data["x"][:, 0].tolist()
-    assert len(set(seen)) == 3 * 2 * 3 * 4
+    args = make_args(episode_length=1)
+
+    def rewards(seed, index):
+        """Of the first states of a stage, and of an evaluation, whose action is 0."""
+        key = jax.random.PRNGKey(seed)
+        state = gorl.init_state(args, point_mass, jax.random.fold_in(key, 0), index)
+        eval_key = jax.random.fold_in(key, 1)
+        returns = gorl.evaluate(args, point_mass, state.agent, eval_key, index, True)
+        return state.envs.state.reward, returns
+
+    indices = jnp.arange(3)
+    over_indices = jax.vmap(rewards, (None, 0))
+    seen = jnp.array(jax.jit(jax.vmap(over_indices, (0, None)))(indices, indices))
+    assert len(set(seen.ravel().tolist())) == 3 * 3 * 2 * 4
 
 
-def test_keys_of_different_purposes_differ():
-    """Otherwise the noise of two parts of a run is the same."""
-    purposes = gorl.INIT, gorl.RESET, gorl.TRAIN, gorl.EVAL_RESET, gorl.EVAL_ACT, gorl.DECODER
-    triples = [(s, p, i) for s in range(4) for p in purposes for i in range(50)]
-    keys = jax.vmap(lambda s, p, i: gorl.derive_key(jax.random.PRNGKey(s), p, i))(*jnp.array(triples).T)
-    assert len({tuple(k) for k in np.asarray(keys).tolist()}) == len(triples)
+# --- broken physics ---
 
 
-def test_nan_step_is_dropped(make_args, nan_env):
-    """Otherwise one broken simulation makes every weight NaN."""
+def test_a_broken_step_is_dropped(make_args, nan_env):
+    """Otherwise one broken simulation makes every weight NaN, or is taken for a terminal state."""
     args = make_args()
-    envs = burning(gorl.reset_envs(nan_env, 4, KEY), 2, 3)
+    envs = burning(gorl.reset_envs(nan_env, 4, KEY), index=2, fuse=3)
     step = jax.jit(partial(gorl.step_envs, args, nan_env))
     for i in range(1, 6):
-        envs, reward, truncated, broken = step(envs, jnp.ones((4, 2)))
+        envs, reward, terminated, truncated, broken = step(envs, jnp.ones((4, 2)))
         assert broken.tolist() == truncated.tolist() == [False, False, i == 3, False]
-        assert (reward[2] == 0) == (i == 3) and finite((envs, reward))
+        assert not terminated.any()
+        assert (reward[2] == 0) == (i == 3)
+        assert is_finite((envs, reward))
         if i == 3:
-            one = jax.tree.map(lambda x: x[2], (envs.state, envs.first))
-            jax.tree.map(np.testing.assert_array_equal, *one)
+            now, first = jax.tree.map(lambda x: x[2], (envs.state, envs.first))
+            jax.tree.map(np.testing.assert_array_equal, now, first)
             assert envs.steps.tolist() == [3, 3, 0, 3]
 
 
-def test_nan_reaches_nothing(make_args, nan_env):
+def test_broken_physics_reaches_nothing(make_args, nan_env):
     """Otherwise a NaN in one of 2048 environments ends in losses, statistics or decoder data."""
-    args = make_args(**STAGED)
-    state = train_state(args, nan_env)
+    args = make_args()
+    state = start(args, nan_env)
     run = jax.jit(partial(gorl.iteration, args, nan_env))
-    clean, clean_metrics = run(state, KEY, 0, (0, 0))
-    got, metrics = run(state.replace(envs=burning(state.envs, 2, 3)), KEY, 0, (0, 0))
-    assert clean_metrics["nan_resets"] == 0 and metrics["nan_resets"] == 1
-    assert finite(got) and finite(metrics)
-    assert (jax.tree.leaves(clean.agent)[0] != jax.tree.leaves(got.agent)[0]).any()
-    assert (jnp.abs(got.agent.stats.mean) < 10).all() and (got.agent.stats.var < 100).all()
+    clean, clean_metrics = run(state, CLIP_EPS)
+    got, metrics = run(state._replace(envs=burning(state.envs, index=2, fuse=3)), CLIP_EPS)
+    assert clean_metrics["nan_resets"] == 0
+    assert metrics["nan_resets"] == 1
+    assert is_finite(got)
+    assert is_finite(metrics)
+    kernels = [x.agent.encoder.params["params"]["MLP_0"]["Dense_0"]["kernel"] for x in (clean, got)]
+    assert (kernels[0] != kernels[1]).any()
+    assert (jnp.abs(got.agent.stats.mean) < 10).all()
+    assert (got.agent.stats.var < 100).all()
 
 
-def test_nan_ends_an_evaluation_episode(make_args, point_mass, monkeypatch):
+def test_broken_physics_ends_an_evaluation_episode(make_args, point_mass, monkeypatch):
     """Otherwise the logged return is NaN, or counts rewards after the physics broke."""
     args = make_args(episode_length=20)
-    agent = gorl.init_agent(args, 3, 2, KEY)  # its deterministic action is 0: nothing moves
-    envs = gorl.reset_envs(point_mass, 4, gorl.derive_key(KEY, gorl.EVAL_RESET, 7))
-    monkeypatch.setattr(gorl, "reset_envs", lambda env, n, key: burning(gorl_reset(env, n, key), 1, 5))
+    reset_envs = gorl.reset_envs
+
+    def reset(env, num_envs, key):
+        return burning(reset_envs(env, num_envs, key), index=1, fuse=5)
+
+    monkeypatch.setattr(gorl, "reset_envs", reset)
+    agent = pushing(args, point_mass, mean=[0.0, 0.0])
     got = jax.jit(partial(gorl.evaluate, args, point_mass))(agent, KEY, 7, True)
-    want = np.exp(-np.square(np.float64(envs.state.data["x"])).sum(-1)) * [20, 4, 20, 20]
-    np.testing.assert_allclose(got, want, rtol=1e-5)
+    reset_key, _ = jax.random.split(jax.random.fold_in(KEY, 7))
+    x = np.float64(reset_envs(point_mass, 4, reset_key).state.data["x"])
+    np.testing.assert_allclose(got, np.exp(-np.square(x).sum(-1)) * [20, 4, 20, 20], rtol=1e-5)
+
+
+# --- rollout and iteration ---
 
 
 def test_rollout_records_what_happened(make_args, point_mass):
     """Otherwise the update or the decoder learns from actions that were never taken."""
-    args = make_args(batch_size=6, num_minibatches=2, episode_length=7)
-    agent, envs = start(args, point_mass)
-    end, steps, last_obs, metrics = jax.jit(partial(gorl.rollout, args, point_mass))(agent, envs, KEY)
-    u, latent = steps.u, steps.drawn["latent"]
-    assert steps.obs.shape == (3, 5, 4, 3) and u.shape == (3, 5, 4, 2) and last_obs.shape == (3, 4, 3)
+    args = make_args(batch_size=6, episode_length=7)
+    state = start(args, point_mass)
+    agent = state.agent
+    end, steps = jax.jit(partial(gorl.rollout, args, point_mass))(agent, state.envs, KEY)
+    assert steps.obs.shape == (15, 4, 3)
+    assert steps.u.shape == steps.latent.shape == (15, 4, 2)
     normed = gorl.normalize(agent.stats, steps.obs)
-    mean, std = gorl.latent_distribution(agent.params["encoder"], normed)
-    want = stats.norm(np.float64(mean), np.float64(std)).logpdf(latent).sum(-1)
-    np.testing.assert_allclose(steps.drawn["log_prob"], want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(gorl.decode(args, agent.decoder, steps.obs, latent), u, rtol=1e-4, atol=1e-4)
-    noise = np.asarray((latent - mean) / std).ravel()
-    assert stats.kstest(noise, "norm").pvalue > 1e-3 and len(set(noise.tolist())) > 0.99 * noise.size
+    mean, std = agent.encoder.apply_fn(agent.encoder.params, normed)
+    log_prob = stats.norm(np.float64(mean), np.float64(std)).logpdf(steps.latent).sum(-1)
+    np.testing.assert_allclose(steps.log_prob, log_prob, rtol=1e-5, atol=1e-5)
+    u = gorl.decode(args, agent, steps.obs, steps.latent)
+    np.testing.assert_allclose(steps.u, u, rtol=1e-4, atol=1e-4)
+    noise = np.ravel((steps.latent - mean) / std)
+    assert stats.kstest(noise, "norm").pvalue > 1e-3
+    assert len(set(noise.tolist())) > 0.99 * noise.size
 
-    following = np.concatenate([steps.obs.reshape(15, 4, 3), end.state.obs[None]])
-    x, actions = following[:-1, :, :2], np.tanh(u.reshape(15, 4, 2))
-    truncated = (np.arange(1, 16) % 7 == 0)[:, None]
-    first = np.asarray(envs.first.obs)[..., :2]
-    np.testing.assert_allclose(
-        following[1:, :, :2], np.where(truncated[..., None], first, x + 0.1 * actions), atol=1e-5
-    )
-    np.testing.assert_array_equal(steps.truncated.reshape(15, 4), np.broadcast_to(truncated, (15, 4)))
-    np.testing.assert_array_equal(last_obs, following[5::5])
-    np.testing.assert_allclose(
-        steps.reward.reshape(15, 4), np.exp(-np.square(x + 0.1 * actions).sum(-1)), rtol=1e-4
-    )
-    np.testing.assert_allclose(metrics["reward_mean"], steps.reward.mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["u_std"], np.float64(u).std(), rtol=1e-4)
-    np.testing.assert_allclose(metrics["u_beyond_5"], (np.abs(u) > 5).mean(), rtol=1e-5)
+    moved = np.float64(steps.obs[..., :2]) + 0.1 * np.tanh(steps.u)
+    truncated = np.broadcast_to(np.arange(1, 16)[:, None] % 7 == 0, (15, 4))
+    following = np.concatenate([steps.obs, end.state.obs[None]])[1:, :, :2]
+    want = np.where(truncated[..., None], state.envs.first.obs[..., :2], moved)
+    np.testing.assert_allclose(following, want, atol=1e-5)
+    np.testing.assert_array_equal(steps.truncated, truncated)
+    np.testing.assert_allclose(steps.reward, np.exp(-np.square(moved).sum(-1)), rtol=1e-4)
+    assert not steps.terminated.any()
+    assert not steps.broken.any()
 
 
-def test_iteration_moves_statistics_and_leaves_the_decoder(make_args, point_mass):
-    """Otherwise observations are never normalised, or the decoder changes under the encoder."""
-    args = make_args(**STAGED)
-    state = train_state(args, point_mass)
-    state = state.replace(agent=state.agent.replace(stats=state.agent.stats._replace(count=jnp.float32(0))))
+def test_iteration(make_args, point_mass):
+    """Otherwise observations are not normalised, the decoder moves, or a logged column is wrong."""
+    args = make_args()
+    state = start(args, point_mass)
+    empty = state.agent.stats._replace(count=jnp.float32(0))
+    state = state._replace(agent=state.agent._replace(stats=empty))
     run = jax.jit(partial(gorl.iteration, args, point_mass))
-    new, _ = run(state, KEY, 0, (0, 0))
-    seen = np.float64(new.ring["obs"][:10].reshape(-1, 3))
-    assert new.agent.stats.count == 40 and not new.ring["obs"][10:].any()
-    np.testing.assert_allclose(new.agent.stats.mean, seen.mean(0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(new.agent.stats.var, seen.var(0), rtol=1e-4)
-    jax.tree.map(np.testing.assert_array_equal, new.agent.decoder, state.agent.decoder)
-    again, _ = run(state, KEY, 1, (0, 1))
-    assert (again.ring["u"][10:20] != new.ring["u"][:10]).mean() > 0.9
+    new, metrics = run(state, CLIP_EPS)
+    obs, u, reward = (np.float64(x[-40:]) for x in new.recent)
+    assert new.agent.stats.count == 40
+    np.testing.assert_allclose(new.agent.stats.mean, obs.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(new.agent.stats.var, obs.var(0), rtol=1e-4)
+    for name in ("decoder", "decoder_stats"):
+        parts = [getattr(x.agent, name) for x in (state, new)]
+        jax.tree.map(np.testing.assert_array_equal, *parts)
+    np.testing.assert_allclose(metrics["reward_mean"], reward.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["u_std"], u.std(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["u_beyond_5"], (np.abs(u) > 5).mean(), rtol=1e-5)
+    again, _ = run(new, CLIP_EPS)
+    assert (again.recent.u[-40:] != new.recent.u[-40:]).mean() > 0.9
 
 
-def test_a_stage_records_from_the_start_of_the_ring(make_args, point_mass):
-    """Otherwise a decoder is trained on the stage before, or on rows that were never written."""
-    args = make_args(**STAGED)  # stages end after 2, 4, 5 and 6 iterations of 10 steps
-    state, run = train_state(args, point_mass), jax.jit(partial(gorl.iteration, args, point_mass))
-    for index, stage, first in [(0, 0, 0), (1, 0, 10), (2, 1, 0), (3, 1, 10), (4, 2, 0), (5, 3, 0)]:
-        ring = run(state, KEY, index, (stage, first // 10))[0].ring
-        written = np.asarray(ring["obs"]).any((1, 2)).nonzero()[0]
-        np.testing.assert_array_equal(written, np.arange(first, first + 10))
+def test_a_decoder_learns_from_its_stage_alone(make_args, point_mass, monkeypatch, tmp_path):
+    """Otherwise a decoder is trained on the stage before, or on pairs that were never written."""
+    args = make_args(decoder_buffer_size=100)  # stages have 80, 80, 40 and 40 pairs
+    sizes = []
+    traces = []
+    iteration = gorl.iteration
+
+    def traced_iteration(*args):
+        traces.append(args)
+        return iteration(*args)
+
+    def decoder_epoch(args, decoder, stats, pairs, key):
+        sizes.append(len(pairs.u))
+        return decoder, (pairs.reward == 0).mean()  # the reward of no real pair is 0
+
+    monkeypatch.setattr(gorl, "decoder_epoch", decoder_epoch)
+    monkeypatch.setattr(gorl, "iteration", traced_iteration)
+    (tmp_path / "checkpoints").mkdir()
+    gorl.train(args, point_mass, tmp_path)
+    losses = np.genfromtxt(tmp_path / "decoder.csv", delimiter=",", names=True)["loss"]
+    assert set(sizes) == {80, 40}
+    assert len(losses) == 6
+    assert (losses == 0).all()
+    assert len(traces) == 1  # or minutes would go into compiling each stage again
 
 
-# --- the real physics ---
+# --- Playground ---
+
+
+def the_line(args, capsys):
+    """What is said of an environment that cannot be used."""
+    with pytest.raises(SystemExit) as caught:
+        gorl.make_env(args)
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"--env-id: got {args.env_id}" in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("env_id", ["Go1JoystickFlatTerrain", "PandaPickCube", "LeapCubeReorient"])
+def test_robots_without_a_network(make_args, capsys, monkeypatch, env_id):
+    """Otherwise a robot whose model Playground would have to download ends in a traceback."""
+
+    def offline():
+        raise OSError("no network")
+
+    monkeypatch.setattr(mjx_env, "ensure_menagerie_exists", offline)
+    assert "no network" in the_line(make_args(env_id=env_id), capsys)
+
+
+def test_reacher_of_another_mujoco(make_args, capsys, monkeypatch):
+    """Otherwise a task that Playground cannot build with this MuJoCo ends in a traceback."""
+    monkeypatch.delattr(mujoco.MjSpec, "find_body", raising=False)  # as in MuJoCo 3.17
+    assert "find_body" in the_line(make_args(env_id="ReacherEasy"), capsys)
+
+
+def test_no_flat_observation(make_args, capsys, monkeypatch):
+    """Otherwise an environment with a dictionary of observations fails inside the networks."""
+    env = PointMass()
+    env.observation_size = {"state": (3,)}
+    monkeypatch.setattr(registry, "load", lambda env_id, config: env)
+    assert "flat" in the_line(make_args(env_id="CheetahRun"), capsys)
+
+
+def test_no_environment(make_args, capsys):
+    """Otherwise a slip of the pen ends in a traceback."""
+    assert "HopperStand" in the_line(make_args(env_id="HopperStnad"), capsys)
 
 
 @pytest.fixture(scope="module")
 def cheetah(make_args):
-    """CheetahRun, a compiled rollout, and keys, agents and environments of two seeds."""
-    args = make_args(env_id="CheetahRun", num_envs=8, batch_size=8, num_minibatches=1, unroll_length=30)
-    env, keys = gorl.make_env(args), jax.vmap(jax.random.PRNGKey)(jnp.array([1, 2]))
-    agents = jax.jit(jax.vmap(partial(gorl.init_agent, args, env.observation_size, env.action_size)))(keys)
-    envs = jax.jit(jax.vmap(partial(gorl.reset_envs, env, 8)))(keys)
-    return args, jax.jit(jax.vmap(partial(gorl.rollout, args, env))), keys, agents, envs
+    """CheetahRun, a compiled rollout, and two seeds' agents, environments and keys."""
+    args = make_args(env_id="CheetahRun", num_envs=8, num_minibatches=2, unroll_length=10)
+    env = gorl.make_env(args)
+    keys = jax.vmap(jax.random.PRNGKey)(jnp.array([1, 2]))
+    states = jax.jit(jax.vmap(partial(gorl.init_state, args, env), (0, None)))(keys, 0)
+    rollout = jax.jit(jax.vmap(partial(gorl.rollout, args, env)))
+    return args, rollout, (states.agent, states.envs, keys)
 
 
-def metrics_of(args, agents, steps, last_obs):
-    """loss_fn's metrics and gradients at each seed's own rollout."""
+def gradients(args, agents, steps, envs):
+    """The loss's gradients and metrics at each seed's own rollout."""
 
-    def one(agent, steps, last_obs):
-        batch = gorl.as_unrolls(steps._replace(obs=gorl.normalize(agent.stats, steps.obs)))
-        last_obs = gorl.normalize(agent.stats, last_obs).reshape(-1, last_obs.shape[-1])
-        return jax.grad(gorl.loss_fn, has_aux=True)(agent.params, args, batch, last_obs, None)
+    def of_seed(agent, steps, envs):
+        unrolls = gorl.as_unrolls(args, agent.stats, steps, envs)
+        params = {"encoder": agent.encoder.params, "critic": agent.critic.params}
+        return jax.grad(gorl.ppo_loss, has_aux=True)(params, args, agent, unrolls, 1e-4)
 
-    return jax.jit(jax.vmap(one))(agents, steps, last_obs)
+    return jax.jit(jax.vmap(of_seed))(agents, steps, envs)
 
 
 @pytest.mark.parametrize("restarted", [True, False])
 def test_ratio_starts_at_one(cheetah, restarted):
     """Otherwise PPO's first update already treats the rollout as another policy's."""
-    args, rollout, keys, agents, envs = cheetah
+    args, rollout, (agents, envs, keys) = cheetah
     agents = agents if restarted else jax.vmap(trained)(agents, keys)
-    _, steps, last_obs, _ = rollout(agents, envs, keys)
-    _, metrics = metrics_of(replace(args, clip_eps=1e-4), agents, steps, last_obs)
+    end, steps = rollout(agents, envs, keys)
+    _, metrics = gradients(args, agents, steps, end)
     assert (metrics["clip_fraction"] == 0).all()  # at a clip range of 1e-4
     assert (np.abs(metrics["approx_kl"]) < 1e-6).all()
     if restarted:
         np.testing.assert_allclose(metrics["latent_kl"], 0, atol=1e-12)
-        want = stats.norm.logpdf(np.float64(steps.drawn["latent"])).sum(-1)
-        np.testing.assert_allclose(steps.drawn["log_prob"], want, rtol=1e-6, atol=1e-6)
-    assert (steps.obs[0] != steps.obs[1]).mean() > 0.9 and (steps.u[0] != steps.u[1]).all()
+        want = stats.norm.logpdf(np.float64(steps.latent)).sum(-1)
+        np.testing.assert_allclose(steps.log_prob, want, rtol=1e-6, atol=1e-6)
+    assert (steps.obs[0] != steps.obs[1]).mean() > 0.9
+    assert (steps.u[0] != steps.u[1]).all()
 
 
 def test_nan_in_the_real_physics(cheetah):
-    """Otherwise Playground's own signal of a NaN state is missed."""
-    args, rollout, keys, agents, envs = cheetah
+    """Otherwise a NaN in MuJoCo's state reaches the networks, or counts as a terminal state."""
+    args, rollout, (agents, envs, keys) = cheetah
     data = envs.state.data.replace(qpos=envs.state.data.qpos.at[0, 3].set(jnp.nan))
-    broken = envs._replace(state=envs.state.replace(data=data))
-    end, steps, last_obs, metrics = rollout(agents, broken, keys)
-    assert metrics["nan_resets"].tolist() == [1, 0]
-    assert steps.truncated[0, 0, 0].tolist() == [i == 3 for i in range(8)] and steps.reward[0, 0, 0, 3] == 0
-    np.testing.assert_array_equal(steps.obs[0, 0, 1, 3], envs.first.obs[0, 3])
-    assert finite((end.state.obs, steps, last_obs, metrics))
-    assert finite(metrics_of(args, agents, steps, last_obs))
+    end, steps = rollout(agents, envs._replace(state=envs.state.replace(data=data)), keys)
+    assert steps.broken.sum((1, 2)).tolist() == [1, 0]
+    assert steps.truncated[0, 0].tolist() == [i == 3 for i in range(8)]
+    assert steps.reward[0, 0, 3] == 0
+    assert not steps.terminated.any()
+    np.testing.assert_array_equal(steps.obs[0, 1, 3], envs.first.obs[0, 3])
+    assert is_finite((end.state.obs, steps))
+    assert is_finite(gradients(args, agents, steps, end))
 
 
 second = partial(jax.tree.map, lambda x: x[1:])
@@ -230,29 +429,26 @@ close = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-4, ato
 
 def test_a_seed_starts_the_same_alone(make_args, point_mass):
     """Otherwise the run of one of --num-seeds seeds cannot be repeated alone."""
-
-    def begin(seeds):
-        keys = jax.vmap(gorl.derive_key, (0, None, None))(
-            jax.vmap(jax.random.PRNGKey)(jnp.array(seeds)), 1, 3
-        )
-        agents = jax.vmap(partial(gorl.init_agent, make_args(), 3, 2))(keys)
-        return keys, agents, jax.vmap(partial(gorl.reset_envs, point_mass, 4))(keys)
-
-    jax.tree.map(np.testing.assert_array_equal, second(begin([1, 2])), begin([2]))
+    init = jax.jit(jax.vmap(partial(gorl.init_state, make_args(), point_mass), (0, None)))
+    keys = jax.vmap(jax.random.PRNGKey)(jnp.array([1, 2]))
+    both = jax.tree.leaves(init(keys, 0))
+    alone = jax.tree.leaves(init(keys[1:], 0))
+    jax.tree.map(np.testing.assert_array_equal, second(both), alone)
 
 
 def test_a_seed_does_not_depend_on_its_neighbours(cheetah):
     """Otherwise --num-seeds changes results by more than rounding."""
-    args, rollout, keys, agents, envs = cheetah
+    args, rollout, (agents, envs, keys) = cheetah
     agents = jax.vmap(trained)(agents, keys)
-    both, alone = rollout(agents, envs, keys), rollout(*second((agents, envs, keys)))
-    assert alone[1].reward.shape == (1, 1, 30, 8)
-    close(second(both[1:]), alone[1:])
-    grads = metrics_of(args, agents, both[1], both[2])
-    close(second(grads), metrics_of(args, *second((agents, both[1], both[2]))))
+    both = rollout(agents, envs, keys)
+    alone = rollout(*second((agents, envs, keys)))
+    assert alone[1].reward.shape == (1, 10, 8)
+    close(second(both[1]), alone[1])
+    grads = gradients(args, agents, both[1], both[0])
+    close(second(grads), gradients(args, *second((agents, both[1], both[0]))))
 
 
-def test_point_mass_is_no_easier():
-    """The cheap environment of these tests has the interface and types that the real ones have."""
-    state = PointMass().reset(KEY)
-    assert state.obs.shape == (3,) and state.obs.dtype == state.reward.dtype == jnp.float32
+def test_the_scripts_own_name_stands_first(make_args, capsys, monkeypatch):
+    """Otherwise a user of several scripts does not see which of them complains."""
+    monkeypatch.setattr(sys, "argv", ["somewhere/my_algo.py"])
+    assert the_line(make_args(env_id="Nothing"), capsys).startswith("my_algo.py: --env-id")

@@ -1,73 +1,72 @@
 """Checkpoints, and runs of the whole training loop on an environment that compiles fast."""
 
-import csv
 import json
 import shutil
 import sys
-from contextlib import nullcontext
-from zipfile import ZIP_STORED, ZipFile
+from typing import NamedTuple
+from zipfile import ZipFile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GORL, SCRIPTS, PointMass, name_of
-from flax import struct
+from command import TABLES, policies, states, table
+from conftest import GORL, SCRIPTS, name_of
+from toy import PointMass
 
 import gorl_fm_ppo
 import ppo_gaussian
 
+COMMON = (
+    "--num-envs 4 --batch-size 4 --num-minibatches 2 --unroll-length 5 --update-epochs 2 "
+    "--num-seeds 2 --total-timesteps 240 --eval-every 40 --eval-envs 3 --episode-length 20"
+).split()
+DECODER = "--decoder-epochs 2 --decoder-buffer-size 60 --decoder-batch-size 16".split()
+STAGES = "--stage-timesteps 80 80 40 40 --clip-eps 0.1 0.2".split()
+TWO = [gorl_fm_ppo, ppo_gaussian]  # other loops are those of one of these, by test_shared.py
 
-@struct.dataclass
-class Tree:
-    net: list
+
+# --- arrays in a file ---
+class Tree(NamedTuple):
+    layers: list
     count: np.int32
 
 
+ARGS = gorl_fm_ppo.Args()
 TREE = Tree([{"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}], np.int32(7))
 LIKE = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, TREE))
-COMMON = (
-    "--num-envs 4 --batch-size 4 --num-minibatches 2 --unroll-length 5 --update-epochs 2 --num-seeds 2 "
-    "--total-timesteps 240 --eval-every 40 --eval-envs 3 --episode-length 20"
-).split()
-DECODER = "--decoder-epochs 2 --decoder-buffer-size 60 --decoder-batch-size 16".split()
-STAGES = "--stage-timesteps 80 80 40 40 --clip-eps 0.1 0.2 --kl-coef 1 2 3".split()
-TINY = [*COMMON, *STAGES, *DECODER]
-TWO = [
-    gorl_fm_ppo,
-    ppo_gaussian,
-]  # the others' loops are to the letter those of one of these (test_shared.py)
-TABLES = "eval", "train", "decoder", "refine"
 
 
 @pytest.fixture
 def saved(tmp_path):
-    gorl_fm_ppo.save_arrays(tmp_path / "x.npz", TREE, done=3, bytes={"eval.csv": 5})
+    gorl_fm_ppo.save_arrays(ARGS, tmp_path / "x.npz", TREE, done=3, logs={"eval.csv": 5})
     return tmp_path / "x.npz"
 
 
 def test_arrays_round_trip(saved):
     """Otherwise resuming or loading a policy changes its numbers."""
-    tree, meta = gorl_fm_ppo.load_arrays(saved, LIKE)
+    tree, meta = gorl_fm_ppo.load_arrays(ARGS, saved, LIKE)
     jax.tree.map(np.testing.assert_array_equal, tree, TREE)
     assert jax.tree.map(lambda x: x.dtype, tree) == jax.tree.map(lambda x: x.dtype, LIKE)
-    assert meta == {"done": 3, "bytes": {"eval.csv": 5}} and [f.name for f in saved.parent.iterdir()] == [
-        "x.npz"
-    ]
+    assert meta["done"] == 3
+    assert meta["logs"] == {"eval.csv": 5}
+    assert [path.name for path in saved.parent.iterdir()] == ["x.npz"]
 
 
 def test_no_damaged_byte_changes_a_number(saved):
     """Otherwise a run goes on from wrong weights, and nobody notices."""
-    content, raised = saved.read_bytes(), 0
+    _, meta = gorl_fm_ppo.load_arrays(ARGS, saved, LIKE)
+    content = saved.read_bytes()
+    raised = 0
     for i in range(len(content)):
         saved.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
         try:
-            tree, meta = gorl_fm_ppo.load_arrays(saved, LIKE)
+            tree, found = gorl_fm_ppo.load_arrays(ARGS, saved, LIKE)
         except Exception:
             raised += 1
         else:  # a date or another byte that nothing is read from
             jax.tree.map(np.testing.assert_array_equal, tree, TREE)
-            assert meta == {"done": 3, "bytes": {"eval.csv": 5}}
+            assert found == meta
     assert raised > len(content) / 2
 
 
@@ -77,18 +76,31 @@ def test_truncated_file_raises(saved, kept):
     content = saved.read_bytes()
     saved.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(Exception, match=r"."):
-        gorl_fm_ppo.load_arrays(saved, LIKE)
+        gorl_fm_ppo.load_arrays(ARGS, saved, LIKE)
 
 
-@pytest.mark.parametrize(
-    "leaf", [jax.ShapeDtypeStruct((3, 2), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.int32)]
-)
-def test_another_networks_file_raises(saved, leaf):
-    """Otherwise the message does not say what differs, or weights are broadcast."""
-    with pytest.raises(ValueError, match=r"net.*kernel.*float32\(2, 3\)"):
-        gorl_fm_ppo.load_arrays(saved, LIKE.replace(net=[{"kernel": leaf}]))
-    with pytest.raises((KeyError, ValueError)):
-        gorl_fm_ppo.load_arrays(saved, LIKE.replace(net=[*LIKE.net, LIKE.count]))
+def test_a_half_written_file_is_never_seen(saved, monkeypatch):
+    """Otherwise a kill during a checkpoint costs the checkpoint that was there."""
+    before = saved.read_bytes()
+
+    def full_disk(file, *arrays, **named):
+        file.write(before[:100])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        gorl_fm_ppo.save_arrays(ARGS, saved, TREE, done=4)
+    assert saved.read_bytes() == before
+    assert not states(saved.parent.parent)
+
+
+def test_another_networks_file_raises(saved):
+    """Otherwise weights are broadcast, or those of another layer."""
+    wide = LIKE._replace(layers=[{"kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32)}])
+    more = LIKE._replace(layers=[*LIKE.layers, LIKE.count])
+    for like in (wide, more):
+        with pytest.raises((OSError, KeyError), match="sizes"):
+            gorl_fm_ppo.load_arrays(ARGS, saved, like)
 
 
 class Exploit:
@@ -101,346 +113,345 @@ def test_pickles_are_refused(saved):
     array = np.empty((), object)
     array[()] = Exploit()
     with ZipFile(saved) as file:
-        name = next(name for name in file.namelist() if "kernel" in name)
-        others = {other: file.read(other) for other in file.namelist() if other != name}
-    np.save(saved.with_name("evil.npy"), array, allow_pickle=True)
-    with ZipFile(saved, "w", ZIP_STORED) as file:
-        file.write(saved.with_name("evil.npy"), name)
-        for other, content in others.items():
-            file.writestr(other, content)
-    with pytest.raises(ValueError, match="allow_pickle"):
-        gorl_fm_ppo.load_arrays(saved, LIKE)
+        contents = {name: file.read(name) for name in file.namelist()}
+    evil = saved.with_name("evil.npy")
+    np.save(evil, array, allow_pickle=True)
+    for name in contents:
+        with ZipFile(saved, "w") as file:
+            for other, content in contents.items():
+                file.writestr(other, evil.read_bytes() if other == name else content)
+        with pytest.raises(ValueError, match="allow_pickle"):
+            gorl_fm_ppo.load_arrays(ARGS, saved, LIKE)
 
 
 # --- the training loop ---
-
-
 def run(script, *arguments):
-    """main() on a PointMass."""
+    """main() on a point mass: what it has compiled, each with all that it was compiled for."""
+    compiled = {}
+    over_seeds = script.over_seeds
+
+    def spy(args, f, *rest, **options):
+        compiled[f.func.__name__] = over_seeds(args, f, *rest, **options)
+        return compiled[f.func.__name__]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "make_env", lambda args: PointMass())
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        patch.setattr(script, "over_seeds", spy)
         patch.setattr(script.signal, "signal", lambda *_: None)
-        assert script.main() == 0
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        try:
+            script.main()
+        finally:
+            programs = {name: f._cache_size() for name, f in compiled.items()}
+    return programs
 
 
-@pytest.fixture(scope="module", params=SCRIPTS, ids=name_of)
-def finished(request, tmp_path_factory):
-    """A script, its tiny arguments and the directory of its finished run."""
-    script, runs = request.param, tmp_path_factory.mktemp("runs")
-    tiny = TINY if script in GORL else COMMON
-    run(script, *tiny, "--runs-dir", runs)
-    return script, tiny, next(runs.iterdir())
+def refused(capsys, script, *arguments):
+    """The one line with which main() ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(script, *arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    return error
 
 
-def table(run_dir, name):
-    if not (run_dir / f"{name}.csv").exists():
-        return []
+def tiny(script):
+    if script in GORL:
+        return [*COMMON, *STAGES, *DECODER]
+    return COMMON
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The directories of a run of each script, made as they are asked for, and its programs."""
+    made = {}
+
+    def get(script):
+        if script not in made:
+            folder = tmp_path_factory.mktemp("runs")
+            programs = run(script, *tiny(script), "--runs-dir", folder)
+            made[script] = next(folder.iterdir()), programs
+        return made[script]
+
+    return get
+
+
+def header(run_dir, name):
     with (run_dir / f"{name}.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if "time" not in k and "sps" not in k} for row in rows]
+        return file.readline().rstrip()
 
 
-def same_tables(a, b):
-    for name in TABLES:
-        assert table(a, name) == table(b, name)
-
-
-def test_files_of_a_finished_run(finished):
+def test_files_of_a_run(script, runs):
     """Otherwise plots and tools cannot read all methods' runs alike."""
-    script, _, run_dir = finished
-    evals, train = table(run_dir, "eval"), table(run_dir, "train")
-    assert [int(row["step"]) for row in evals if row["seed"] == "1"] == list(range(0, 241, 40))
-    assert len(train) == 12 and list(train[0])[:3] == ["seed", "step", "stage"]
-    stages = [int(row["stage"]) for row in train if row["seed"] == "2"]
-    assert stages == ([0, 0, 1, 1, 2, 3] if script in GORL else [0] * 6)
-    assert all(np.isfinite(float(v)) for row in train + evals for v in row.values())
-    want = {"approx_kl", "clip_fraction", "explained_variance", "nan_resets", "u_std"}
-    assert want <= set(train[0])
-    policies = {f.name for f in run_dir.glob("checkpoints/policy_*")}
-    steps = (80, 160, 200, 240) if script in GORL else (240,)
-    assert policies == {f"policy_{step}.npz" for step in steps}
-    assert bool(table(run_dir, "decoder")) == (script in GORL)
-    stored = json.loads((run_dir / "args.json").read_text(), parse_constant=pytest.fail)  # no Infinity
-    assert stored["versions"]["script"] == f"{script.__name__}.py"
+    run_dir, _ = runs(script)
+    assert run_dir.name.startswith(f"HopperStand__{script.__name__}__1__")
+    columns = "seed,step,stage,return_mean,return_std,return_min,return_max,wall_time"
+    assert header(run_dir, "eval") == columns
+    assert header(run_dir, "train").startswith("seed,step,stage,sps,")
+    evals = table(run_dir, "eval")
+    assert [row["seed"] for row in evals] == ["1", "2"] * 7
+    assert [int(row["step"]) for row in evals[::2]] == list(range(0, 241, 40))
+    train = table(run_dir, "train")
+    assert [int(row["step"]) for row in train[::2]] == list(range(40, 241, 40))
+    for row in evals + train:
+        assert np.isfinite([float(x) for x in row.values()]).all()
+    for row in evals:
+        assert float(row["return_min"]) <= float(row["return_mean"]) <= float(row["return_max"])
+    names = {"loss", "policy_loss", "value_loss", "approx_kl", "clip_fraction", "nan_resets"}
+    names |= {"explained_variance", "reward_mean", "u_std", "u_beyond_5", "grad_norm_critic"}
+    assert names <= set(train[0])
+    assert policies(run_dir) == sorted(f"policy_{step}.npz" for step in (80, 160, 200, 240))
+    assert len(states(run_dir)) == 2
+    assert not list(run_dir.glob("checkpoints/*.tmp"))
 
 
-def test_policies_of_a_finished_run(finished, monkeypatch):
+def test_stages_of_a_run(script, runs):
+    """Otherwise the logs do not say to which stage and decoder a row belongs."""
+    run_dir, _ = runs(script)
+    evals = [int(row["stage"]) for row in table(run_dir, "eval")[::2]]
+    train = [int(row["stage"]) for row in table(run_dir, "train")[::2]]
+    if script not in GORL:
+        assert evals == [0] * 7
+        assert train == [0] * 6
+        assert not (run_dir / "decoder.csv").exists()
+        assert not (run_dir / "refine.csv").exists()
+        return
+    assert evals == [0, 0, 0, 1, 1, 2, 3]
+    assert train == [0, 0, 1, 1, 2, 3]
+    assert header(run_dir, "decoder") == "seed,stage,epoch,loss"
+    decoder = [(int(row["stage"]), int(row["epoch"])) for row in table(run_dir, "decoder")[::2]]
+    assert decoder == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]
+    refine = table(run_dir, "refine")[::2]
+    assert [row["step"] for row in refine] == ["80", "160", "200"]
+    assert [row["stage"] for row in refine] == ["1", "2", "3"]
+    assert [row["pairs"] for row in refine] == ["60", "60", "40"]
+
+
+@pytest.mark.parametrize("gorl", GORL, ids=name_of)
+def test_columns_of_a_refinement(gorl, runs):
+    """Otherwise old and new logs have different columns."""
+    run_dir, _ = runs(gorl)
+    before = "return_before,return_after,deterministic_before,deterministic_after"
+    assert header(run_dir, "refine") == f"seed,step,stage,pairs,reward_mean,{before}"
+    rows = table(run_dir, "refine")
+    # As drawn from N(0, I), the new decoder's actions are about the old policy's; those differ.
+    assert all(row["return_before"] != row["deterministic_before"] for row in rows)
+
+
+def test_arguments_of_a_run(script, runs):
+    """Otherwise tools cannot tell what was run, and with which packages."""
+    run_dir, _ = runs(script)
+    stored = json.loads((run_dir / "args.json").read_text(), parse_constant=pytest.fail)
+    versions = stored.pop("versions")
+    assert list(stored) == list(script.Args.__dataclass_fields__)
+    assert stored["num_envs"] == 4
+    assert versions["script"] == f"{script.__name__}.py"
+    assert {"jax", "flax", "numpy", "device", "git_commit", "python"} <= set(versions)
+
+
+def test_every_program_is_compiled_once(script, runs):
+    """Otherwise each run pays for the physics' compilation twice."""
+    _, programs = runs(script)
+    once = {"init_state": 1, "iteration": 1, "evaluate": 1}
+    if script in GORL:
+        once["decoder_epoch"] = 2  # from 60 and from 40 pairs
+    assert programs == once
+
+
+def test_seeds_differ(script, runs):
+    """Otherwise five seeds are one seed five times."""
+    rows = table(runs(script)[0], "train")
+    for one, two in zip(rows[::2], rows[1::2], strict=True):
+        assert one["step"] == two["step"]
+        assert one["reward_mean"] != two["reward_mean"]
+
+
+def test_policies_of_a_run(script, runs, monkeypatch):
     """Otherwise a saved policy acts differently from the trained one, or not at all."""
-    script, _, run_dir = finished
+    run_dir, _ = runs(script)
     monkeypatch.setattr(script, "make_env", lambda args: PointMass())
-    keys, obs = jax.random.split(jax.random.PRNGKey(0)), np.random.default_rng(0).normal(size=(2, 3, 3))
-    policy, obs = script.load_policy(str(run_dir)), jnp.array(obs, jnp.float32)
+    keys = jax.random.split(jax.random.PRNGKey(0))
+    obs = jnp.array(np.random.default_rng(0).normal(size=(2, 3, 3)), jnp.float32)
+    policy = script.load_policy(str(run_dir))
     u = policy(obs, keys[0], deterministic=True)
     assert u.shape == (2, 3, 2)
     np.testing.assert_array_equal(u, policy(obs, keys[0], deterministic=True))
-    draws_start_noise = script.__name__ in ("fpo", "dppo")
-    assert np.array_equal(u, policy(obs, keys[1], deterministic=True)) != draws_start_noise
+    starts_from_noise = script.__name__ in ("fpo", "dppo")
+    same = np.array_equal(u, policy(obs, keys[1], deterministic=True))
+    assert same != starts_from_noise
     assert not np.allclose(policy(obs, keys[1]), policy(obs, keys[0]))
-    assert not np.allclose(u, script.load_policy(str(run_dir), seed=2)(obs, keys[0], True))
-    for wrong in ({"step": 161}, {"seed": 3}):
-        with pytest.raises(ValueError, match="240"):
-            script.load_policy(str(run_dir), **wrong)
+    np.testing.assert_array_equal(u, script.load_policy(run_dir, 240, 1)(obs, keys[0], True))
+    for other in ({"seed": 2}, {"step": 160}):
+        assert not np.allclose(u, script.load_policy(run_dir, **other)(obs, keys[0], True))
+    with pytest.raises(KeyError):
+        script.load_policy(run_dir, step=161)
+    for seed in (0, 3):  # 0 is not the last one, as a list's -1 would be
+        with pytest.raises((IndexError, ValueError)):
+            script.load_policy(run_dir, seed=seed)
 
 
-@pytest.mark.parametrize("finished", TWO, indirect=True, ids=name_of)
-def test_killed_before_the_first_checkpoint(finished, tmp_path):
-    """Otherwise --resume of such a run fails, or doubles the rows of step 0."""
-    script, _, finished_dir = finished
-    run_dir = shutil.copytree(finished_dir, tmp_path / "run")
+def test_policy_files_are_small(script):
+    """Otherwise five seeds' policies of four stages and six tasks do not fit into a repository."""
+    args = script.Args(num_seeds=5)
+    env = PointMass()
+    env.observation_size = 24
+    env.action_size = 6
+
+    def policy():
+        return script.policy_part(script.init_agent(args, env, jax.random.PRNGKey(0)))
+
+    leaves = jax.tree.leaves(jax.eval_shape(policy))
+    assert 5 * 4 * sum(x.size for x in leaves) < 900_000
+
+
+# --- resuming ---
+@pytest.fixture
+def copied(runs, tmp_path):
+    def copy(script):
+        return shutil.copytree(runs(script)[0], tmp_path / "run")
+
+    return copy
+
+
+def contents(run_dir):
+    return {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("script", TWO, ids=name_of)
+def test_resuming_what_is_finished(script, copied, capsys):
+    """Otherwise a restarted job trains again, or fails."""
+    run_dir = copied(script)
+    before = contents(run_dir)
+    programs = run(script, "--resume", run_dir)
+    assert "Finished" in capsys.readouterr().out
+    assert contents(run_dir) == before
+    assert not any(programs.values())
+
+
+@pytest.mark.parametrize("script", TWO, ids=name_of)
+def test_killed_before_the_first_checkpoint(script, copied, runs):
+    """Otherwise --resume of such a run fails, or doubles rows, or cuts a user's file."""
+    run_dir = copied(script)
     shutil.rmtree(run_dir / "checkpoints")
     (run_dir / "checkpoints").mkdir()
-    (run_dir / "notes.csv").write_text("mine")
-    before = {path.name: path.read_text() for path in run_dir.glob("*.csv")}
-    with pytest.raises(SystemExit):  # it has trained, so that its checkpoints are lost
-        run(script, "--resume", run_dir)
-    assert before == {path.name: path.read_text() for path in run_dir.glob("*.csv")}
     for name in TABLES[1:]:
         (run_dir / f"{name}.csv").unlink(missing_ok=True)
+    (run_dir / "notes.csv").write_text("mine")
     run(script, "--resume", run_dir)
     assert (run_dir / "notes.csv").read_text() == "mine"
-    same_tables(run_dir, finished_dir)
+    for name in TABLES:
+        assert table(run_dir, name) == table(runs(script)[0], name)
 
 
-@pytest.mark.parametrize("finished", TWO, indirect=True, ids=name_of)
-def test_a_longer_budget_on_resuming(finished, tmp_path):
-    """Otherwise a finished run that is prolonged is not the longer run from the start."""
-    script, tiny, finished_dir = finished
-    run_dir = shutil.copytree(finished_dir, tmp_path / "run")
-    run(script, "--resume", run_dir, "--total-timesteps", 320)
-    longer = ["--total-timesteps", "320"]
-    if script in GORL:
-        longer += ["--stage-timesteps", "80", "80", "40", "120"]
-    run(script, *tiny, *longer, "--runs-dir", tmp_path / "runs")
-    rows = [row for row in table(next((tmp_path / "runs").iterdir()), "train") if int(row["step"]) > 240]
-    assert [row for row in table(run_dir, "train") if int(row["step"]) > 240] == rows and len(rows) == 4
-    stored = json.loads((run_dir / "args.json").read_text())
-    assert stored["total_timesteps"] == 320
-    assert stored.get("stage_timesteps", [80, 80, 40, 120]) == [80, 80, 40, 120]
+@pytest.mark.parametrize("script", TWO, ids=name_of)
+def test_lost_checkpoints(script, copied, capsys):
+    """Otherwise a run that has trained for days starts again, and its log is gone."""
+    run_dir = copied(script)
+    for path in states(run_dir):
+        path.unlink()
+    before = contents(run_dir)
+    assert "--resume" in refused(capsys, script, "--resume", run_dir)
+    assert contents(run_dir) == before
 
 
-@pytest.mark.parametrize(
-    "change", ["--gamma 0.9", "--num-seeds 3", "--total-timesteps 200", "--clip-eps 0.4"]
-)
-def test_resuming_with_other_arguments(finished, change, monkeypatch, capsys):
+CHANGES = ["--gamma 0.9", "--num-seeds 3", "--total_timesteps=320", "--runs-dir x", "--seed=1"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resuming_with_other_arguments(script, change, runs, capsys):
     """Otherwise one run's log mixes two settings."""
-    script, _, run_dir = finished
-    monkeypatch.setattr(sys, "argv", ["x.py", "--resume", str(run_dir), *change.split()])
-    with pytest.raises(SystemExit) as stopped:
-        script.parse_args()
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and change.split()[0] in error and error.count("\n") == 1
+    error = refused(capsys, script, "--resume", runs(script)[0], *change.split())
+    assert "--resume: got" in error
+    assert change.replace("_", "-").split("=")[0].split()[0] in error
 
 
-def test_another_scripts_run_is_refused(finished, monkeypatch, capsys):
+def test_another_scripts_run_is_refused(script, runs, capsys):
     """Otherwise a run goes on with another method's weights, or ends in a traceback."""
-    script, _, run_dir = finished
-    for other in SCRIPTS:
-        monkeypatch.setattr(sys, "argv", ["x.py", "--resume", str(run_dir)])
-        if other is script:
-            assert other.parse_args().resume == str(run_dir)
-            continue
-        with pytest.raises(SystemExit) as stopped:
-            other.parse_args()
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and "--resume" in error and other.__name__ in error
+    other = SCRIPTS[SCRIPTS.index(script) - 1]
+    error = refused(capsys, script, "--resume", runs(other)[0])
+    assert "--resume" in error
+    assert f"{script.__name__}.py" in error
 
 
-@pytest.fixture(params=GORL, ids=name_of)
-def gorl(request):
-    return request.param
-
-
-def test_coefficients_of_stages(gorl, tmp_path, monkeypatch):
-    """Otherwise a stage trains with another stage's clip range, gradient norm or beta."""
+# --- stages and decoders ---
+def test_what_each_stage_trains_with(tmp_path, monkeypatch):
+    """Otherwise a stage has another one's clip range, stale pairs, old noise or Adam's state."""
+    gorl = gorl_fm_ppo
+    calls = []
     update = gorl.update
+    decoder_epoch = gorl.decoder_epoch
 
-    def logged(args, *x):
-        coefs = {name: getattr(args, name) for name in ("clip_eps", "kl_coef", "max_grad_norm")}
-        agent, metrics = update(args, *x)
-        return agent, metrics | coefs
+    def logged_update(args, agent, unrolls, clip_eps, key):
+        agent, metrics = update(args, agent, unrolls, clip_eps, key)
+        return agent, metrics | {"clip_eps": clip_eps}
 
-    monkeypatch.setattr(gorl, "update", logged)
-    run(gorl, *TINY, "--runs-dir", tmp_path, "--max-grad-norm", "0.5")
-    rows = table(next(tmp_path.iterdir()), "train")[::2]
-    got = [tuple(float(r[k]) for k in ("stage", "clip_eps", "kl_coef", "max_grad_norm")) for r in rows]
-    stages = {0: (0.1, 1), 1: (0.2, 2), 2: (0.2, 3), 3: (0.2, 3)}
-    assert got == [(s, *stages[s], 0.5) for s in (0, 0, 1, 1, 2, 3)]
+    def logged_epoch(args, decoder, stats, pairs, key):
+        leaves = decoder.opt_state[0].count, decoder.params, stats.count, pairs.u, key
+        jax.debug.callback(lambda *x: calls.append(jax.tree.map(np.array, x)), *leaves)
+        return decoder_epoch(args, decoder, stats, pairs, key)
 
-
-def test_decoder_training_of_each_stage(gorl, tmp_path, monkeypatch):
-    """Otherwise a refinement sees stale pairs or statistics, repeats its noise, or keeps Adam's state."""
-    calls, pairs_seen, decoder_epoch = [], [], gorl.decoder_epoch
-
-    def epoch(args, pairs, decoder, opt, ring, *key):
-        jax.debug.callback(lambda *x: calls.append(jax.tree.map(np.array, x)), decoder, opt, key)
-        pairs_seen.append(pairs)
-        return decoder_epoch(args, pairs, decoder, opt, ring, *key)
-
-    monkeypatch.setattr(gorl, "decoder_epoch", epoch)
-    run(gorl, *TINY, "--runs-dir", tmp_path, "--num-seeds", 1)
+    monkeypatch.setattr(gorl, "update", logged_update)
+    logged_epoch.__name__ = "decoder_epoch"
+    monkeypatch.setattr(gorl, "decoder_epoch", logged_epoch)
+    run(gorl, *tiny(gorl), "--num-seeds", 1, "--runs-dir", tmp_path)
     jax.effects_barrier()
-    assert pairs_seen == [60, 40] and len(calls) == 6  # traced for stages of 80 and of 40 steps
-    assert len({(*seed_key.ravel().tolist(), int(index.item())) for *_, (seed_key, index) in calls}) == 6
-    assert [int(opt[0].count.item()) for _, opt, _ in calls] == [0, 3, 0, 3, 0, 2]
-    assert [d["stats"].count.item() for d, *_ in calls] == [80, 80, 160, 160, 200, 200]
-    last = [decoder["net"][-1]["kernel"] for decoder, *_ in calls]
-    assert [kernel.any() for kernel in last] == [
-        False,
-        True,
-        True,
-        True,
-        True,
-        True,
-    ]  # refined, not made anew
+    rows = table(next(tmp_path.iterdir()), "train")
+    clips = [float(row["clip_eps"]) for row in rows]
+    np.testing.assert_allclose(clips, [0.1, 0.1, 0.2, 0.2, 0.2, 0.2])
+    counts, params, seen, u, keys = zip(*calls, strict=True)
+    assert [int(count.item()) for count in counts] == [0, 3, 0, 3, 0, 2]
+    assert [count.item() for count in seen] == [80, 80, 160, 160, 200, 200]
+    assert [x.size // 2 for x in u] == [60, 60, 60, 60, 40, 40]
+    assert all(x.any(axis=-1).all() for x in u)  # no zeros of a buffer that is not full
+    assert len({tuple(key.ravel().tolist()) for key in keys}) == 6
+    last = [x["params"]["MLP_0"]["last"]["kernel"].any() for x in params]
+    assert last == [False, True, True, True, True, True]  # refined, not made anew
 
 
-def frozen_run(script, runs, decoder_from, *more):
-    """The directory of a tiny run of one stage on a frozen decoder."""
-    run(
-        script,
-        *COMMON,
-        "--total-timesteps",
-        120,
-        "--decoder-from",
-        decoder_from,
-        *DECODER,
-        "--runs-dir",
-        runs,
-        *more,
-    )
-    return next(runs.iterdir())
+def decoder_of(gorl, run_dir, step):
+    """A policy file's decoder and its statistics, of all seeds."""
+    args = gorl.load_args(run_dir)
+    agents = gorl.load_agents(args, PointMass(), run_dir / f"checkpoints/policy_{step}.npz")
+    return jax.tree.leaves((agents.decoder.params, agents.decoder_stats))
 
 
-@pytest.mark.parametrize("finished", GORL, indirect=True, ids=name_of)
-def test_a_frozen_decoder(finished, tmp_path):
-    """Otherwise Figure 6 is of another stage's or seed's decoder, or of one that moves, or is not used."""
-    script, _, of = finished
-    of = shutil.copytree(of, tmp_path / "of:it")  # a colon in its name
-    run_dir = frozen_run(script, tmp_path / "runs", f"{of}:2", "--seed", 2, "--num-seeds", 1)
-    assert not table(run_dir, "decoder") and not table(run_dir, "refine")
-    assert {row["stage"] for row in table(run_dir, "train") + table(run_dir, "eval")} == {"0"}
-    env, args = PointMass(), script.load_args(str(run_dir))
-    assert args.stage_timesteps == (120,)
-
-    def decoder(run_dir, step):
-        with np.load(run_dir / "checkpoints" / f"policy_{step}.npz") as file:
-            return {name: file[name] for name in file.files if name.startswith(".decoder")}
-
-    def same(run_dir):
-        got, want = decoder(run_dir, 120), decoder(of, 200)
-        return got.keys() == want.keys() and all(np.array_equal(got[k], want[k][1:2]) for k in got)
-
-    assert same(run_dir) and len(decoder(of, 200)) > 8
-    assert not any(
-        np.array_equal(x, decoder(of, 160)[k]) for k, x in decoder(of, 200).items() if "kernel" in k
-    )
-    # The first evaluation: the latent's mean 0 through that decoder.
-    key = jax.random.PRNGKey(2)
-    agent = script.init_agent(
-        args, env.observation_size, env.action_size, script.derive_key(key, script.INIT, 0)
-    )
-    like = jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.stack([x, x]), agent.policy()))
-    stage_2, _ = script.load_arrays(of / "checkpoints" / "policy_200.npz", like)
-    returns = {
-        name: float(script.evaluate(args, env, agent.replace(decoder=d), key, 0, True).mean())
-        for name, d in (
-            ("frozen", jax.tree.map(lambda x: x[1], stage_2.decoder)),
-            ("identity", agent.decoder),
-        )
-    }
-    assert float(table(run_dir, "eval")[0]["return_mean"]) == pytest.approx(returns["frozen"], rel=1e-5)
-    assert returns["frozen"] != pytest.approx(returns["identity"], rel=1e-4)
-    shutil.rmtree(of)  # a checkpoint has its decoder in it
-    before = decoder(run_dir, 120)
-    run(script, "--resume", run_dir, "--total-timesteps", 160)
-    assert int(table(run_dir, "train")[-1]["step"]) == 160
-    assert all(np.array_equal(x, before[name]) for name, x in decoder(run_dir, 160).items())
+def test_a_decoder_to_start_from(runs, tmp_path):
+    """Otherwise Figure 6 is of another stage's decoder, or of one that moves, or is not used."""
+    gorl = gorl_fm_ppo
+    run_dir, _ = runs(gorl)
+    one_stage = "--stage-timesteps", 80, *DECODER, "--runs-dir", tmp_path
+    given = run_dir / "checkpoints/policy_200.npz"
+    common = COMMON[: COMMON.index("--total-timesteps")]
+    common += COMMON[COMMON.index("--eval-every") :]
+    run(gorl, *common, *one_stage, "--decoder-from", given)
+    (frozen,) = tmp_path.iterdir()
+    assert not table(frozen, "decoder")
+    assert not table(frozen, "refine")
+    assert len(table(frozen, "train")) == 4
+    want = decoder_of(gorl, run_dir, 200)
+    other = decoder_of(gorl, run_dir, 160)
+    assert len(want) > 8
+    for got, x, y in zip(decoder_of(gorl, frozen, 80), want, other, strict=True):
+        np.testing.assert_array_equal(got, x)
+        assert not np.array_equal(x, y)
+    first, plain = (table(x, "eval")[0]["return_mean"] for x in (frozen, run_dir))
+    assert first != plain  # it acts through that decoder from the start
 
 
-@pytest.mark.parametrize("finished", GORL, indirect=True, ids=name_of)
-def test_the_decoder_of_stage_0_is_the_first_one(finished, tmp_path):
-    """Otherwise Figure 6's curve of stage 0 is not that of PPO through the identity."""
-    script, _, of = finished
-    frozen = frozen_run(script, tmp_path / "frozen", f"{of}:0")
-    run(
-        script,
-        *COMMON,
-        "--stage-timesteps",
-        120,
-        "--total-timesteps",
-        120,
-        *DECODER,
-        "--runs-dir",
-        tmp_path / "plain",
-    )
-    same_tables(frozen, next((tmp_path / "plain").iterdir()))
-
-
-@pytest.mark.parametrize(
-    ("decoder_from", "more"),
-    [
-        ("of:4", ""),
-        ("of:-1", ""),
-        ("of:first", ""),
-        ("of", ""),
-        ("nowhere:0", ""),
-        (":0", ""),
-        ("of:1", "--num-seeds 3"),
-        ("of:1", "--seed 0"),
-        ("of:1", "--env-id CheetahRun"),
-        ("of:1", "--decoder-steps 5"),
-        ("damaged:1", ""),
-        ("ppo:0", ""),
-        ("unfinished:3", ""),
-        ("frozen:0", ""),
-        ("", ""),
-    ],
-)
-@pytest.mark.parametrize("finished", [gorl_fm_ppo], indirect=True, ids=name_of)
-def test_a_decoder_that_is_not_there(finished, decoder_from, more, tmp_path, monkeypatch, capsys):
-    """Otherwise a mistake in --decoder-from ends in a traceback, or trains on another one, after minutes."""
-    script, _, of = finished
-    shutil.copytree(of, tmp_path / "of")
-    for name in ("damaged", "unfinished", "frozen"):
-        shutil.copytree(of, tmp_path / name)
-    (tmp_path / "unfinished/checkpoints/policy_240.npz").unlink()
-    args = json.loads((of / "args.json").read_text())
-    (tmp_path / "frozen/args.json").write_text(json.dumps(args | {"decoder_from": "of:1"}))
-    (tmp_path / "damaged/checkpoints/policy_160.npz").write_bytes(b"no")
-    shutil.copytree(of, tmp_path / "ppo")
-    (tmp_path / "ppo/args.json").write_text(
-        (of / "args.json").read_text().replace("gorl_fm_ppo.py", "ppo_gaussian.py")
-    )
-    monkeypatch.setattr(script, "make_env", lambda args: PointMass())
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        sys, "argv", ["x.py", *COMMON, *DECODER, "--decoder-from", decoder_from, *more.split()]
-    )
-    with pytest.raises(SystemExit) as stopped:
-        script.main()
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and f"--decoder-from: got {decoder_from}; takes RUN_DIR:STAGE" in error
-    assert error.count("\n") == 1 and not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "stages"),
-    [
-        ("", (60_000_000,)),
-        ("--preset cpu", (400_000,)),
-        ("--total-timesteps 5000000", (5_000_000,)),
-        ("--stage-timesteps 7000000", (7_000_000,)),
-        ("--stage-timesteps 7000000 7000000", None),
-    ],
-)
-def test_a_frozen_decoder_takes_one_stage(gorl, more, stages, monkeypatch, capsys):
-    """Otherwise the encoder is trained for another time than a stage, or its decoder is refined after all."""
-    monkeypatch.setattr(gorl, "frozen_decoder", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["x.py", "--decoder-from", "x:1", *more.split()])
-    args = gorl.parse_args()
-    if stages:
-        assert args.stage_timesteps == stages and args.total_timesteps == stages[0]
-    with pytest.raises(SystemExit) if stages is None else nullcontext():
-        gorl.check(args)
-    assert ("--stage-timesteps" in capsys.readouterr().err) == (stages is None)
+@pytest.mark.parametrize("wrong", ["missing", "damaged", "seeds", "task", "script"])
+def test_a_wrong_decoder(wrong, runs, tmp_path, capsys):
+    """Otherwise a mistake in --decoder-from ends in a traceback, or trains on another one."""
+    script = gorl_fm_ppo
+    path = shutil.copy(runs(script)[0] / "checkpoints/policy_200.npz", tmp_path / "policy.npz")
+    more = {"seeds": ["--seed", 2], "task": ["--env-id", "CheetahRun"]}.get(wrong, [])
+    if wrong == "missing":
+        path.unlink()
+    if wrong == "damaged":
+        path.write_bytes(path.read_bytes()[:-1000])
+    if wrong == "script":
+        script = GORL[1]
+    command = [*tiny(script), *more, "--decoder-from", path, "--runs-dir", tmp_path / "runs"]
+    assert f"--decoder-from: got {path}" in refused(capsys, script, *command)
+    assert not list(tmp_path.glob("runs/*/checkpoints/*"))

@@ -1,4 +1,6 @@
-"""Logs to figures and tables: what is read, what is left out, and that the numbers are those of the logs."""
+"""Logs to figures and tables: what is read, what is left out, and that the numbers are those of the
+logs.
+"""
 
 import json
 import re
@@ -17,7 +19,18 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from scipy import stats
 
-from plotting import aggregate, figure_4, figure_5, figure_6, figure_7, pack, paper, runs, style, table_1
+from plotting import (
+    aggregate,
+    figure_4,
+    figure_5,
+    figure_6,
+    figure_7,
+    pack,
+    paper,
+    runs,
+    style,
+    table_1,
+)
 from plotting import all as everything
 
 RESULTS = runs.ROOT / "results"
@@ -36,7 +49,9 @@ def options(folder, **changes):
 def figures(monkeypatch):
     """Figures that are saved, kept open to look at."""
     kept = []
-    monkeypatch.setattr(style, "save", lambda figure, out, name: kept.append(figure) or [out / f"{name}.png"])
+    monkeypatch.setattr(
+        style, "save", lambda figure, out, name: kept.append(figure) or [out / f"{name}.png"]
+    )
     runs.load.cache_clear()
     yield kept
     plt.close("all")
@@ -53,7 +68,9 @@ def fresh_cache():
 
 def test_the_papers_table():
     """Otherwise ours is compared with numbers that the paper does not have."""
-    bold = {task: max(paper.METHODS, key=lambda m: paper.reported(m, task)[0]) for task in paper.TASKS}
+    bold = {
+        task: max(paper.METHODS, key=lambda m: paper.reported(m, task)[0]) for task in paper.TASKS
+    }
     diff, fm = "gorl_diff_ppo", "gorl_fm_ppo"  # the bold entries of the paper's Table 1
     assert list(bold.values()) == [diff, fm, diff, fm, diff, fm]
     assert all(len(row) == len(paper.TASKS) for row in paper.TABLE_1.values())
@@ -73,14 +90,17 @@ def test_methods_are_the_scripts():
 def test_seeds_are_collected_and_settings_kept_apart(tmp_path, capsys):
     """Otherwise runs of different arguments are averaged, or seeds of the same are not."""
     write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100, 1), seeds=(1, 2))
-    write_run(tmp_path / "deep/er/b", "ppo_gaussian", "FishSwim", rising(100, 1), seeds=(3,), eval_envs=7)
+    write_run(
+        tmp_path / "deep/er/b", "ppo_gaussian", "FishSwim", rising(100, 1), seeds=(3,), eval_envs=7
+    )
     write_run(tmp_path / "c", "ppo_gaussian", "FishSwim", rising(50), clip_eps=0.1)
     write_run(tmp_path / "d", "ppo_gaussian", "HopperStand", rising(50))
     write_run(tmp_path / "e", "ppo_gaussian", "FishSwim", rising(50), preset="cpu")
     write_run(tmp_path / "f", "fpo", "FishSwim", rising(50))
     groups = runs.load((tmp_path,))
     got = {
-        (g.method, g.task, g.preset, runs.shown(list(g.settings.items()))): sorted(g.curves) for g in groups
+        (g.method, g.task, g.preset, runs.shown(list(g.settings.items()))): sorted(g.curves)
+        for g in groups
     }
     assert got == {
         ("ppo_gaussian", "FishSwim", "paper", ""): [1, 2, 3],
@@ -157,12 +177,20 @@ def test_damaged_runs_are_named_and_skipped(tmp_path, capsys, reason, damage):
 
 
 def test_a_seed_counts_once(tmp_path, capsys):
-    """Otherwise a packed copy of a run narrows the std, or an old run hides the one that replaced it."""
+    """Otherwise a packed copy of a run narrows the std, or an old run hides the one that replaced
+    it.
+    """
     write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100, 1), seeds=(1, 2))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     write_run(tmp_path / "c", "ppo_gaussian", "FishSwim", rising(300), seeds=(2, 3))
     for time, end in ((1700000000, 40), (1790000000, 50)):
-        write_run(tmp_path / f"FishSwim__x__4__{time}", "ppo_gaussian", "FishSwim", rising(end), seeds=(4,))
+        write_run(
+            tmp_path / f"FishSwim__x__4__{time}",
+            "ppo_gaussian",
+            "FishSwim",
+            rising(end),
+            seeds=(4,),
+        )
     (group,) = runs.load((tmp_path,))
     assert runs.final_returns(group) == pytest.approx([101, 102, 300, 50])
     out = capsys.readouterr().out
@@ -171,9 +199,18 @@ def test_a_seed_counts_once(tmp_path, capsys):
 
 
 def test_experiments_and_links(tmp_path, capsys):
-    """Otherwise an edited script's runs are averaged with the original's, or linked runs are not seen."""
+    """Otherwise an edited script's runs are averaged with the original's, or linked runs are not
+    seen.
+    """
     write_run(tmp_path / "disk/a", "ppo_gaussian", "FishSwim", rising(100))
-    write_run(tmp_path / "disk/b", "ppo_gaussian", "FishSwim", rising(300), seeds=(2,), exp_name="no_entropy")
+    write_run(
+        tmp_path / "disk/b",
+        "ppo_gaussian",
+        "FishSwim",
+        rising(300),
+        seeds=(2,),
+        exp_name="no_entropy",
+    )
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/link").symlink_to(tmp_path / "disk")
     (tmp_path / "disk/loop").symlink_to(tmp_path / "disk")
@@ -201,14 +238,17 @@ def test_finished_runs_count_before_unfinished_ones(tmp_path):
     """Otherwise a run that was just started takes the place of a finished one."""
     write_run(tmp_path / "x__1700000000", "ppo_gaussian", "FishSwim", rising(100))
     write_run(tmp_path / "x__1790000000", "ppo_gaussian", "FishSwim", rising(500))
-    edit("eval.csv", lambda text: "".join(text.splitlines(keepends=True)[:3]))(tmp_path / "x__1790000000")
+    edit("eval.csv", lambda text: "".join(text.splitlines(keepends=True)[:3]))(
+        tmp_path / "x__1790000000"
+    )
     (group,) = runs.load((tmp_path,), unfinished=True)
     assert runs.final_returns(group) == pytest.approx([100])
 
 
 def test_where_reads_values_as_a_user_writes_them(tmp_path):
     """Otherwise a run is not found by the very argument that it was started with."""
-    write_run(tmp_path / "a", "gorl_fm_ppo", "FishSwim", rising(1), reinit_critic=True)
+    write_run(tmp_path / "a", "gorl_fm_ppo", "FishSwim", rising(1))
+    set_argument("reinit_critic", True)(tmp_path / "a")
     write_run(tmp_path / "b", "gorl_fm_ppo", "HopperStand", rising(2))
     for where, task in (
         ("reinit-critic=true", "FishSwim"),
@@ -236,18 +276,43 @@ def test_align_interpolates(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
-@pytest.mark.parametrize("total", [180_000_000, 1_200_000, 50_000_000, 7_000_003])
-def test_budgets_are_the_scripts(script, total, monkeypatch):
+@pytest.mark.parametrize(
+    "line",
+    ["", "--preset cpu", "--total-timesteps 50000000", "--total-timesteps 7000003"],
+)
+def test_budgets_are_the_scripts(script, line, monkeypatch):
     """Otherwise finished runs are taken for unfinished ones, or the reverse."""
-    monkeypatch.setattr(sys, "argv", [script.__file__, "--total-timesteps", str(total)])
+    monkeypatch.setattr(sys, "argv", [script.__file__, *line.split()])
     args = script.parse_args()
     if script in GORL:
-        assert runs.default_stages(total) == list(args.stage_timesteps)
-        end = script.stage_ends(args)[-1]
-    else:
-        end = script.iterations(args) if hasattr(script, "iterations") else None
-    size = args.batch_size * args.num_minibatches * args.unroll_length
-    assert end is None or runs.last_step(asdict(args)) == end * size
+        assert runs.default_stages(args.total_timesteps) == list(args.stage_timesteps)
+    assert runs.last_step(asdict(args)) == policy_steps(args)[-1]
+
+
+def policy_steps(args):
+    """Steps at which a script saves policies."""
+    iterations = args.stage_ends if hasattr(args, "stage_ends") else args.policy_iterations
+    return [n * args.steps_per_iteration for n in iterations]
+
+
+FIRST_VERSION = {"max_grad_norm": [0.0], "latent_penalty": "kl", "reinit_critic": False}
+FIRST_VERSION |= {"decoder_from_scratch": False, "distributed": None, "checkpoint_env_state": True}
+FIRST_VERSION |= {"kl_coef": [0.001], "checkpoint_minutes": 30.0}
+
+
+def test_logs_of_the_first_version_are_drawn_beside_new_ones(tmp_path):
+    """Otherwise the old logs of `results/` are taken for runs of other settings."""
+    write_run(tmp_path / "new", "gorl_fm_ppo", "FishSwim", rising(1), seeds=(1, 2))
+    changes = {"old": {}, "bound": {"max_grad_norm": [0.5, 1.0]}, "beta": {"kl_coef": [0.1]}}
+    for seed, (name, change) in enumerate(changes.items(), start=3):
+        write_run(tmp_path / name, "gorl_fm_ppo", "FishSwim", rising(1), seeds=(seed,))
+        for argument, value in (FIRST_VERSION | change).items():
+            set_argument(argument, value)(tmp_path / name)
+    write_run(tmp_path / "new_beta", "gorl_fm_ppo", "FishSwim", rising(1), kl_coef=0.1)
+    got = {runs.shown(list(g.settings.items())): sorted(g.curves) for g in runs.load((tmp_path,))}
+    assert got == {"": [1, 2, 3], "max_grad_norm,0.5,1.0": [4], "kl_coef,0.1": [1, 5]}
+    (chosen,) = runs.select(options(tmp_path, where=("max_grad_norm=0.5,1",)))[0].values()
+    assert sorted(chosen.curves) == [4]
 
 
 def test_unknown_scripts_do_not_stop_anything(tmp_path, capsys):
@@ -256,7 +321,10 @@ def test_unknown_scripts_do_not_stop_anything(tmp_path, capsys):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     set_argument("versions", {"script": "../../evil.py"})(tmp_path / "b")
     chosen, _ = runs.select(options(tmp_path))
-    assert set(chosen) == {("ppo_gaussian", "FishSwim")} and "left out: evil" in capsys.readouterr().out
+    assert (
+        set(chosen) == {("ppo_gaussian", "FishSwim")}
+        and "left out: evil" in capsys.readouterr().out
+    )
 
 
 def test_missing_folders_are_an_error(tmp_path, capsys):
@@ -268,7 +336,10 @@ def test_missing_folders_are_an_error(tmp_path, capsys):
     for where in ("clip_eps", "clip_esp=0.1", "env_id=HopperStand", "seed=1"):
         with pytest.raises(SystemExit) as error:
             runs.select(options(tmp_path, where=(where,)))
-        assert error.value.code == 2 and f"--where: got {where.split('=')[0]}" in capsys.readouterr().err
+        assert (
+            error.value.code == 2
+            and f"--where: got {where.split('=')[0]}" in capsys.readouterr().err
+        )
     (tmp_path / "file").write_text("")
     for out in ("file", "file/below"):
         with pytest.raises(SystemExit) as error:
@@ -303,9 +374,16 @@ def test_figure_4(tmp_path, figures):
             right = band.get_paths()[0].vertices
             right = right[right[:, 0] > 179, 1]
             assert (right.min(), right.max()) == pytest.approx((y[-1] - 1, y[-1] + 1))  # one std
-        refined = [line.get_xdata()[0] for line in axes.get_lines() if line.get_label().startswith("decoder")]
+        refined = [
+            line.get_xdata()[0]
+            for line in axes.get_lines()
+            if line.get_label().startswith("decoder")
+        ]
         assert refined == [60, 120, 150]
-        assert axes.get_xlim()[0] == 0 == axes.get_ylim()[0] and axes.get_xlabel() == "environment steps (M)"
+        assert (
+            axes.get_xlim()[0] == 0 == axes.get_ylim()[0]
+            and axes.get_xlabel() == "environment steps (M)"
+        )
         marked = [c.lines[0].get_data() for c in axes.containers]  # the paper's final returns
         assert [float(y[0]) for _, y in marked] == [
             paper.reported(m, axes.get_title())[0] for m in paper.METHODS
@@ -326,19 +404,29 @@ def test_figure_4_says_what_it_is(tmp_path, figures):
     write_run(tmp_path / "a", "gorl_fm_ppo", "CheetahRun", rising(100), preset="cpu")
     figure_4.draw(options(tmp_path))
     text = figures[0].get_suptitle().replace("\n", " ")
-    assert "1 seed, fewer" in text and "--preset cpu" in text and "1.2M steps, the paper has 180M" in text
+    assert (
+        "1 seed, fewer" in text
+        and "--preset cpu" in text
+        and "1.2M steps, the paper has 180M" in text
+    )
     assert not figures[0].axes[0].containers  # the paper's returns are no comparison here
 
 
 def test_unfinished_figures_say_so(tmp_path, figures):
-    """Otherwise a curve of 12M steps is read as one of 180M, or two methods are ranked at different steps."""
+    """Otherwise a curve of 12M steps is read as one of 180M, or two methods are ranked at different
+    steps.
+    """
     write_run(tmp_path / "a", "ppo_gaussian", "CheetahRun", rising(100), seeds=(1, 2))
     write_run(tmp_path / "b", "fpo", "CheetahRun", rising(100), seeds=(1, 2))
     edit("eval.csv", lambda text: "".join(text.splitlines(keepends=True)[:5]))(tmp_path / "b")
     figure_4.draw(options(tmp_path, unfinished=True))
     text = figures[0].get_suptitle().replace("\n", " ")
     assert "5.9M steps, the paper has 180M; unfinished" in text
-    (text,) = (f.read_text() for f in table_1.draw(options(tmp_path, unfinished=True)) if f.suffix == ".txt")
+    (text,) = (
+        f.read_text()
+        for f in table_1.draw(options(tmp_path, unfinished=True))
+        if f.suffix == ".txt"
+    )
     assert "FPO         -" in text and "not run" in text
     with pytest.raises(runs.CannotDraw):
         aggregate.draw(options(tmp_path, unfinished=True))
@@ -389,14 +477,19 @@ def test_table_1_of_small_runs_says_so(tmp_path):
 
 def test_best_by_the_papers_rule():
     """Otherwise what is bold is not the highest mean."""
-    assert table_1.best({"a": 1.0, "b": 2.0, "c": 2.0}) == {"b", "c"} and table_1.best({"a": 1.0}) == set()
+    assert (
+        table_1.best({"a": 1.0, "b": 2.0, "c": 2.0}) == {"b", "c"}
+        and table_1.best({"a": 1.0}) == set()
+    )
 
 
 def fake_groups(values):
     """Groups by (method, task) with these final returns by seed."""
 
     def group(method, task, by_seed):
-        curves = {s: runs.Curve(np.array([0, 10]), np.array([0, r]), Path()) for s, r in by_seed.items()}
+        curves = {
+            s: runs.Curve(np.array([0, 10]), np.array([0, r]), Path()) for s, r in by_seed.items()
+        }
         return runs.Group(method, task, "paper", {}, 10, 10, curves)
 
     return {key: group(*key, by_seed) for key, by_seed in values.items()}
@@ -414,13 +507,13 @@ def test_aggregate_against_scipy():
     by_method, got_tasks = aggregate.scores(fake_groups(values))
     assert got_tasks == list(tasks) and by_method["fpo"].shape == (5, 3)
     assert by_method["fpo"][1, 2] == values["fpo", "WalkerWalk"][2]
-    iqm, better = aggregate.statistics(by_method, reps=1000)
+    iqm, better = aggregate.statistics(by_method, reps=300)
     for method, x in by_method.items():
         estimate, low, high = iqm[method]
         assert estimate == pytest.approx(stats.trim_mean(x, 0.25, axis=None))
         draws = [
             stats.trim_mean(x[rng.integers(5, size=x.shape), np.arange(3)], 0.25, axis=None)
-            for _ in range(2000)
+            for _ in range(1000)
         ]
         np.testing.assert_allclose([low, high], np.quantile(draws, [0.025, 0.975]), atol=0.8)
         assert high - low < 15  # the tasks, 100 apart, are strata: they do not widen it
@@ -450,7 +543,9 @@ def test_aggregate_uses_what_is_common(capsys):
     del values["fpo", "CheetahRun"], values["ppo_gaussian", "CheetahRun"]
     values |= {("gorl_fm_ppo", "FishSwim"): {1: 7.0, 2: 8.0}}
     iqm, better = aggregate.statistics(aggregate.scores(fake_groups(values))[0], reps=100)
-    assert set(iqm) == {"fpo", "gorl_fm_ppo"} and better == {}  # without PPO, nothing to compare with
+    assert (
+        set(iqm) == {"fpo", "gorl_fm_ppo"} and better == {}
+    )  # without PPO, nothing to compare with
 
 
 def test_aggregate_figure(tmp_path, figures):
@@ -473,17 +568,24 @@ def test_figure_5(tmp_path, figures, capsys):
     runs.load.cache_clear()
     for beta, end in ((0.1, 100), (0.0, 200)):
         write_run(
-            tmp_path / str(beta), "gorl_fm_ppo", "CheetahRun", rising(end), seeds=(1, 2), kl_coef=(beta,)
+            tmp_path / str(beta),
+            "gorl_fm_ppo",
+            "CheetahRun",
+            rising(end),
+            seeds=(1, 2),
+            kl_coef=beta,
         )
-    write_run(tmp_path / "other", "gorl_fm_ppo", "CheetahRun", rising(9), kl_coef=(0.5,), gamma=0.9)
-    write_run(tmp_path / "twice", "gorl_fm_ppo", "CheetahRun", rising(8), kl_coef=(0.1, 0.1))
+    write_run(tmp_path / "other", "gorl_fm_ppo", "CheetahRun", rising(9), kl_coef=0.5, gamma=0.9)
+    write_run(tmp_path / "twice", "gorl_fm_ppo", "CheetahRun", rising(8), kl_coef=[0.1, 0.1])
     figure_5.draw(options(tmp_path))
     left, right = figures[0].axes
     ends = {line.get_label(): line.get_ydata()[-1] for line in left.get_lines()}
     assert ends == {r"$\beta$ = 0": 200, r"$\beta$ = 0.001": 300, r"$\beta$ = 0.1": 100}
     assert [t.get_text() for t in right.get_xticklabels()] == ["0", "0.001", "0.1"]
     assert right.collections[-1].get_offsets()[:, 1].tolist() == [200, 300, 100]
-    assert "0.0001, 0.0005, 0.005, 0.01, 0.05 not run" in figures[0].get_suptitle().replace("\n", " ")
+    assert "0.0001, 0.0005, 0.005, 0.01, 0.05 not run" in figures[0].get_suptitle().replace(
+        "\n", " "
+    )
     assert "left out: GoRL(FM), CheetahRun, kl_coef=0.1,0.1" in capsys.readouterr().out
 
 
@@ -492,16 +594,32 @@ def test_figure_5_of_short_runs(tmp_path, figures):
     write_run(tmp_path / "other", "ppo_gaussian", "FishSwim", rising(300))
     for beta, end in ((0.001, 100), (0.0, 200)):
         write_run(
-            tmp_path / str(beta), "gorl_fm_ppo", "CheetahRun", rising(end), preset="cpu", kl_coef=(beta,)
+            tmp_path / str(beta),
+            "gorl_fm_ppo",
+            "CheetahRun",
+            rising(end),
+            preset="cpu",
+            kl_coef=beta,
         )
     figure_5.draw(options(tmp_path))
     for beta, end in ((0.001, 10), (0.1, 20)):
-        more = {"kl_coef": (beta,), "total_timesteps": 6_000_000}
+        more = {"kl_coef": beta, "total_timesteps": 6_000_000}
         write_run(tmp_path / f"short{beta}", "gorl_fm_ppo", "CheetahRun", rising(end), **more)
     runs.load.cache_clear()
     figure_5.draw(options(tmp_path, where=("total_timesteps=6000000",)))
     ends = [[line.get_ydata()[-1] for line in figure.axes[0].get_lines()] for figure in figures]
     assert ends == [[200, 100], [10, 20]]
+
+
+def on_decoder(run, task, stage, end, seed=1, total=60_000_000, preset="paper"):
+    """A run of one stage on the frozen decoder of a stage of tmp_path/source_<seed>."""
+    budget = {"total_timesteps": total, "stage_timesteps": [total]}
+    source = run.parent / f"source_{task}_{seed}"
+    if not source.is_dir():
+        write_run(source, "gorl_fm_ppo", task, rising(999), seeds=(seed,))
+    step = [59_965_440, 119_930_880, 150_405_120, 179_896_320][stage]
+    budget["decoder_from"] = f"{source}/checkpoints/policy_{step}.npz"
+    write_run(run, "gorl_fm_ppo", task, rising(end), seeds=(seed,), preset=preset, **budget)
 
 
 def test_figure_6(tmp_path, figures):
@@ -513,27 +631,38 @@ def test_figure_6(tmp_path, figures):
         for stage in range(4):
             for seed in (1, 2):
                 run = tmp_path / f"{task}{stage}{seed}"
-                budget = {"total_timesteps": 60_000_000, "stage_timesteps": [60_000_000]}
-                write_run(run, "gorl_fm_ppo", task, rising(100 * stage + 50), seeds=(seed,), **budget)
-                set_argument("decoder_from", f"runs/a:b_{seed}:{stage}")(run)
+                on_decoder(run, task, stage, 100 * stage + 50, seed)
+                if seed == 2:  # as the first version wrote it
+                    set_argument("decoder_from", f"runs/a:b_{seed}:{stage}")(run)
+    whole = tmp_path / "four_stages"
+    write_run(whole, "gorl_fm_ppo", "CheetahRun", rising(7), decoder_from="x/policy_1.npz")
     runs.load.cache_clear()
     figure_6.draw(options(tmp_path))
-    assert [axes.get_title() for axes in figures[0].axes] == ["GoRL(FM), CheetahRun", "GoRL(FM), HopperStand"]
+    titles = [axes.get_title() for axes in figures[0].axes]
+    assert titles == ["GoRL(FM), CheetahRun", "GoRL(FM), HopperStand"]
+    names = [f"decoder of stage {stage}" for stage in range(4)]
+    names[0] += " (identity)"
     for axes in figures[0].axes:
         ends = [(line.get_label(), line.get_ydata()[-1]) for line in axes.get_lines()]
-        names = [f"decoder of stage {stage}" for stage in range(4)]
-        assert ends == [(names[0] + " (identity)", 50), (names[1], 150), (names[2], 250), (names[3], 350)]
+        assert ends == list(zip(names, [50, 150, 250, 350], strict=True))
     assert figures[0].get_suptitle() == "mean and std over 2 seeds, fewer than the paper's 5"
     shutil.rmtree(tmp_path / "HopperStand32")
     shutil.rmtree(tmp_path / "HopperStand31")
-    budget = {"total_timesteps": 30_000_000, "stage_timesteps": [30_000_000]}
     for stage in range(4):
-        run = tmp_path / f"short{stage}"
-        write_run(run, "gorl_fm_ppo", "HopperStand", rising(7), **budget)
-        set_argument("decoder_from", f"x:{stage}")(run)
+        on_decoder(tmp_path / f"short{stage}", "HopperStand", stage, 7, total=30_000_000)
     runs.load.cache_clear()
     figure_6.draw(options(tmp_path))
     assert "30M steps, the paper has 60M" in figures[1].get_suptitle()
+
+
+def test_figure_6_without_the_decoders_run(tmp_path, figures):
+    """Otherwise a decoder is given a stage that nobody knows, or the figure is not drawn."""
+    for stage in (0, 3):
+        on_decoder(tmp_path / str(stage), "CheetahRun", stage, 50)
+    shutil.rmtree(tmp_path / "source_CheetahRun_1")
+    figure_6.draw(options(tmp_path))
+    names = [line.get_label() for line in figures[0].axes[0].get_lines()]
+    assert names == ["decoder of policy_179896320", "decoder of policy_59965440"]
 
 
 # --- multimodality
@@ -544,7 +673,9 @@ def test_gain_of_known_distributions():
     rng = np.random.default_rng(0)
     assert abs(figure_7.gain(rng.normal(size=(10_000, 4)) @ rng.normal(size=(4, 4)))) < 0.01
     sign = rng.choice([-1, 1], size=(10_000, 1))
-    two = np.concatenate([2 * sign + rng.normal(size=(10_000, 1)), rng.normal(size=(10_000, 2))], axis=1)
+    two = np.concatenate(
+        [2 * sign + rng.normal(size=(10_000, 1)), rng.normal(size=(10_000, 2))], axis=1
+    )
     x = np.linspace(-9, 9, 20_001)
     mixture = 0.5 * (stats.norm.pdf(x, -2) + stats.norm.pdf(x, 2))
     divergence = np.trapezoid(mixture * np.log(mixture / stats.norm.pdf(x, 0, np.sqrt(5))), x)
@@ -573,38 +704,32 @@ def test_dip_of_known_distributions():
     width = np.sqrt(
         1 + (0.8 * n**-0.2) ** 2 * 5
     )  # of a peak, after the kernels: their std is a share of the samples'
-    want = 1 - 2 * stats.norm.pdf(2, 0, width) / (stats.norm.pdf(0, 0, width) + stats.norm.pdf(4, 0, width))
+    want = 1 - 2 * stats.norm.pdf(2, 0, width) / (
+        stats.norm.pdf(0, 0, width) + stats.norm.pdf(4, 0, width)
+    )
     assert figure_7.dip(figure_7.kernel_density(apart, x)) == pytest.approx(want, abs=0.06)
 
 
 @pytest.mark.parametrize("preset", ["paper", "cpu"])
-def test_figure_7_finds_the_policies(tmp_path, preset):
-    """Otherwise panels are empty, or show a policy from after the decoder's refinement."""
-    steps = {  # those that the scripts write; at the paper's sizes also the iterations that pass 60M and 120M
-        "paper": {
-            "fpo": [60_948_480, 120_913_920, 179_896_320],
-            "gorl_fm_ppo": [59_965_440, 60_948_480, 119_930_880, 120_913_920, 150_405_120, 179_896_320],
-        },
-        "cpu": {"fpo": [399_360, 798_720, 1_198_080], "gorl_fm_ppo": [399_360, 798_720, 998_400, 1_198_080]},
-    }[preset]
-    for method, saved in steps.items():
-        write_run(tmp_path / method, method, "HopperStand", rising(1), preset=preset)
-        (tmp_path / method / "checkpoints").mkdir()
-        for name in (*(f"policy_{step}.npz" for step in saved), "policy_best.npz", "state_1.npz"):
-            (tmp_path / method / "checkpoints" / name).touch()
-    got = {g.method: figure_7.wanted_steps(g, tmp_path / g.method) for g in runs.load((tmp_path,))}
-    gorl = steps["gorl_fm_ppo"]
-    assert got == {
-        "fpo": steps["fpo"],
-        "gorl_fm_ppo": [gorl[0], gorl[2 if preset == "paper" else 1], gorl[-1]],
-    }
-    (tmp_path / "fpo/checkpoints" / f"policy_{steps['fpo'][0]}.npz").unlink()
-    (group,) = (g for g in runs.load((tmp_path,)) if g.method == "fpo")
-    assert figure_7.wanted_steps(group, tmp_path / "fpo") == [None, *steps["fpo"][1:]]
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_figure_7_finds_the_policies(tmp_path, script, preset, monkeypatch):
+    """Otherwise panels are empty, or show the policy of another third of the training."""
+    line = [script.__file__, "--preset", preset, "--env-id", "HopperStand"]
+    monkeypatch.setattr(sys, "argv", line)
+    steps = policy_steps(script.parse_args())
+    write_run(tmp_path / "a", script.__name__, "HopperStand", rising(1), preset=preset)
+    folder = tmp_path / "a/checkpoints"
+    folder.mkdir()
+    for name in (*(f"policy_{step}.npz" for step in steps), "policy_best.npz", "state_1.npz"):
+        (folder / name).touch()
+    (group,) = runs.load((tmp_path,))
+    assert figure_7.wanted_steps(group, tmp_path / "a") == [steps[0], steps[1], steps[3]]
+    (folder / f"policy_{steps[0]}.npz").unlink()
+    assert figure_7.wanted_steps(group, tmp_path / "a") == [None, steps[1], steps[3]]
 
 
 def test_projection_and_density():
-    """Otherwise the axis shows how methods differ and not how they spread, or the curve is smeared."""
+    """Otherwise the axis shows how methods differ and not how they spread, or smears the curve."""
     rng, direction = np.random.default_rng(0), np.array([0.6, -0.8, 0.0])
     spread = rng.normal(size=(5000, 1)) * direction + 0.1 * rng.normal(size=(5000, 3))
     wide = 10 * rng.normal(size=(5000, 3)) * [0, 0, 1]
@@ -612,7 +737,9 @@ def test_projection_and_density():
     np.testing.assert_allclose(axis, [-0.6, 0.8, 0.0], atol=0.02)
     samples, x = rng.normal(size=10_000), np.linspace(-3, 3, 13)
     width = np.sqrt(1 + (0.8 * 10_000**-0.2) ** 2)
-    np.testing.assert_allclose(figure_7.kernel_density(samples, x), stats.norm.pdf(x, 0, width), atol=0.015)
+    np.testing.assert_allclose(
+        figure_7.kernel_density(samples, x), stats.norm.pdf(x, 0, width), atol=0.015
+    )
 
 
 # --- packing
@@ -624,8 +751,8 @@ def test_projection_and_density():
     [
         "--env-id FishSwim --num-seeds 5",
         "--preset cpu --seed 4 --total-timesteps 600000 --clip-eps 0.25 --track --eval-every 30000",
-        "--preset cpu --env-id HopperStand --no-checkpoint-env-state --gamma 0.95 --exp-name 'my run; x'",
-        "--stage-timesteps 3000000 2000000 --kl-coef 0.0 0.1 --reinit-critic",
+        "--preset cpu --env-id HopperStand --gamma 0.95 --exp-name 'my run; x'",
+        "--stage-timesteps 3000000 2000000 --kl-coef 0.0 --clip-eps 0.1 0.2",
     ],
 )
 def test_the_packed_command_gives_the_run_again(script, line, monkeypatch):
@@ -634,7 +761,9 @@ def test_the_packed_command_gives_the_run_again(script, line, monkeypatch):
         pytest.skip("an argument of GoRL's")
     monkeypatch.setattr(sys, "argv", [script.__file__, *shlex.split(line)])
     args = script.parse_args()
-    stored = json.loads(json.dumps(asdict(args))) | {"versions": {"script": Path(script.__file__).name}}
+    stored = json.loads(json.dumps(asdict(args))) | {
+        "versions": {"script": Path(script.__file__).name}
+    }
     command = pack.command_of(stored)
     assert command.startswith(f"python {script.__name__}.py")
     monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
@@ -643,7 +772,11 @@ def test_the_packed_command_gives_the_run_again(script, line, monkeypatch):
 
 def test_results_hold_no_paths_of_a_machine():
     """Otherwise a command in `results/` runs on one machine only, and tells what else is there."""
-    files = [f for f in RESULTS.rglob("*") if f.suffix in (".json", ".csv", ".md", ".txt", ".tex", ".patch")]
+    files = [
+        f
+        for f in RESULTS.rglob("*")
+        if f.suffix in (".json", ".csv", ".md", ".txt", ".tex", ".patch")
+    ]
     assert len(files) > 50
     path = re.compile(r"(?<![\w.:/])/(work|tmp|root|home|check|Users|mnt|opt)/")
     assert path.search('"--out /tmp/x/y"') and not path.search("b/tmp/x")
@@ -653,8 +786,13 @@ def test_results_hold_no_paths_of_a_machine():
 def test_pack(tmp_path, capsys):
     """Otherwise `results/` holds paths, big files, half runs or logs without their origin."""
     run = tmp_path / "runs/CheetahRun__gorl_fm_ppo__1__17"
-    write_run(run, "gorl_fm_ppo", "CheetahRun", rising(9), preset="cpu", runs_dir=str(tmp_path / "runs"))
-    set_argument("decoder_from", f"{tmp_path}/secret/x/:2")(run)
+    write_run(
+        run, "gorl_fm_ppo", "CheetahRun", rising(9), preset="cpu", runs_dir=str(tmp_path / "runs")
+    )
+    policy = f"{tmp_path}/secret/x/checkpoints/policy_798720.npz"
+    set_argument("decoder_from", policy)(run)
+    about = {"script": "gorl_fm_ppo.py", "git_commit": "0123456", "device": "1 x test"}
+    set_argument("versions", about | {"jax": "0.0", "python": "3.0", "six": "1.0"})(run)
     set_argument("stage_timesteps", [1_200_000])(run)
     (run / "checkpoints").mkdir()
     (run / "checkpoints/policy_1198080.npz").write_bytes(b"small")
@@ -670,10 +808,13 @@ def test_pack(tmp_path, capsys):
     assert "left out:" in capsys.readouterr().err
     for name in ("small/fm/args.json", "README.md"):
         assert str(tmp_path) not in (results / name).read_text()
+    packed = json.loads((results / "small/fm/args.json").read_text())
+    assert set(packed["versions"]) == {*about, "jax", "python"}
     row = (results / "README.md").read_text().splitlines()[-1]
     want = [
         "`small/fm/`",
-        "`python gorl_fm_ppo.py --preset cpu --stage-timesteps 1200000 --decoder-from x:2`",
+        "`python gorl_fm_ppo.py --preset cpu --stage-timesteps 1200000 "
+        "--decoder-from x/checkpoints/policy_798720.npz`",
         "0123456",
         "2 CPU cores",
         "6 s",
@@ -682,7 +823,8 @@ def test_pack(tmp_path, capsys):
     assert [cell.strip() for cell in row.strip("|").split("|")] == want
     assert len(runs.load((results,))) == 1
     pack.pack(run, to=results, name="other", source="results/small/of")
-    assert "--decoder-from results/small/of:2`" in (results / "README.md").read_text()
+    found = f"--decoder-from results/small/of/checkpoints/{Path(policy).name}`"
+    assert found in (results / "README.md").read_text()
     shutil.rmtree(results / "other")
     before = (results / "README.md").read_text()
     for change in (
@@ -697,7 +839,9 @@ def test_pack(tmp_path, capsys):
     edit("eval.csv", lambda text: text[: text[:-1].rindex("\n") + 1])(run)
     with pytest.raises(SystemExit):
         pack.pack(run, to=results, name="b")
-    assert (results / "README.md").read_text() == before and {p.name for p in results.iterdir()} == {
+    assert (results / "README.md").read_text() == before and {
+        p.name for p in results.iterdir()
+    } == {
         "README.md",
         "small",
     }
@@ -709,7 +853,9 @@ def test_rows_are_added_to_the_table(tmp_path):
     readme = tmp_path / "README.md"
     for _ in range(2):
         pack.add_row(readme, about)
-    readme.write_text(readme.read_text() + "\nMore.\n\n| other | table |\n| --- | --- |\n| 1 | 2 |\n")
+    readme.write_text(
+        readme.read_text() + "\nMore.\n\n| other | table |\n| --- | --- |\n| 1 | 2 |\n"
+    )
     pack.add_row(readme, about)
     lines = readme.read_text().splitlines()
     assert (
@@ -726,7 +872,10 @@ def test_every_result_has_its_origin():
     named = {re.sub(r"<[a-z]+>", "*", row[1].strip(" `/")) for row in table}
     for run in runs.find((RESULTS,)):
         path = run.relative_to(RESULTS)
-        assert sum(path.match(name) and len(Path(name).parts) == len(path.parts) for name in named) == 1, path
+        assert (
+            sum(path.match(name) and len(Path(name).parts) == len(path.parts) for name in named)
+            == 1
+        ), path
     for name in named - {"folder", "---"}:
         assert list(RESULTS.glob(name)), name
     for row in table[2:]:
@@ -756,7 +905,8 @@ def test_all_draws_what_it_can(tmp_path, capsys, monkeypatch):
     }
     out = capsys.readouterr().out
     assert (
-        "drawn: figure_4, table_1\n" in out and "not drawn: aggregate: an aggregate needs two methods" in out
+        "drawn: figure_4, table_1\n" in out
+        and "not drawn: aggregate: an aggregate needs two methods" in out
     )
     assert "not drawn: figure_7: no saved policy" in out
     with pytest.raises(SystemExit):
@@ -769,7 +919,9 @@ def test_the_readmes_numbers_are_the_logs(tmp_path):
     for file in files:
         assert file.read_text() == (RESULTS / "figures" / file.name).read_text()
     readme, page = (runs.ROOT / "README.md").read_text(), (RESULTS / "README.md").read_text()
-    table = [line for line in (tmp_path / "table_1.md").read_text().splitlines() if line.startswith("|")]
+    table = [
+        line for line in (tmp_path / "table_1.md").read_text().splitlines() if line.startswith("|")
+    ]
     assert "\n".join(table) in readme and "MIN minutes" not in readme
     for method in paper.METHODS:  # the lists of final returns, by seed
         for folder in ("cpu_preset", "cpu_preset_earlier"):

@@ -1,18 +1,23 @@
-"""Saved policies, opened, evaluated, filmed and sampled, and the figures that run things themselves."""
+"""Saved policies, opened, evaluated, filmed and sampled, and the figures that run things
+themselves.
+"""
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import matplotlib.image
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import GORL, SCRIPTS
 from scipy import stats
-from test_cli import COMMON
 from toy import PointMass
 
 import ppo_gaussian
@@ -24,16 +29,16 @@ TOTAL = 480
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, make_args):
     """A finished run of two seeds on PointMass by each script, as if that were HopperStand."""
-    patch, folder = pytest.MonkeyPatch(), tmp_path_factory.mktemp("trained")
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("trained")
     for script in SCRIPTS:
         patch.setattr(script, "make_env", lambda args: PointMass())
         changes = {"num_seeds": 2, "total_timesteps": TOTAL, "eval_every": 160, "eval_envs": 16}
         if script in GORL:
-            changes |= {"stage_timesteps": (160, 160, 80, 80), "kl_coef": (1e-3,), "clip_eps": (0.15, 0.3)}
-            changes |= {"decoder_epochs": 2, "decoder_batch_size": 16, "max_grad_norm": (0.0,)}
-        run = folder / script.__name__
-        (run / "checkpoints").mkdir(parents=True)
-        assert script.train(make_args(script, **changes), run, [], bool)
+            changes["stage_timesteps"] = (160, 160, 80, 80)
+        args = make_args(script, **changes, runs_dir=str(folder))
+        run = script.make_run_dir(args, "toy").rename(folder / script.__name__)
+        script.train(args, PointMass(), run)
     runs.load.cache_clear()
     yield folder
     patch.undo()
@@ -42,7 +47,9 @@ def trained(tmp_path_factory, make_args):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_an_evaluation_gives_the_logged_return_again(trained, script, seed, capsys):
-    """Otherwise `plotting.evaluate` measures something else than eval.csv, or another seed's policy."""
+    """Otherwise `plotting.evaluate` measures something else than eval.csv, or another seed's
+    policy.
+    """
     run = trained / script.__name__
     (file,) = evaluate.evaluate(run, seed=seed, episodes=16, out=run / f"own_{seed}.csv")
     got, want = runs.read_table(file), runs.read_table(run / "eval.csv")
@@ -59,14 +66,15 @@ def test_what_an_evaluation_can_be_asked(trained, capsys):
     for change in ({}, {"stochastic": True}, {"env_seed": 7}, {"step": 160}, {"seed": 2}):
         evaluate.evaluate(**ask | change)
     table = runs.read_table(run / "asked.csv")
-    assert len(set(table["return_mean"])) == 5 and table["deterministic"].tolist() == [1, 0, 1, 1, 1]
-    assert table["step"].tolist() == [480, 480, 480, 160, 480] and table["env_seed"].tolist() == [
+    assert len(set(table["return_mean"])) == 5 and table["deterministic"].tolist() == [
+        1,
+        0,
         1,
         1,
-        7,
         1,
-        2,
     ]
+    assert table["step"].tolist() == [480, 480, 480, 160, 480]
+    assert table["env_seed"].tolist() == [1, 1, 7, 1, 2]
     script, args, policy, step, _ = policies.open_policy(run)
     returns, seen = policies.evaluate(script, args, policy, step, 1, 200, True)
     assert returns.shape == (200,) and seen == {}
@@ -79,6 +87,7 @@ def test_what_an_evaluation_can_be_asked(trained, capsys):
     [
         ({"step": 161}, "has no step 161"),
         ({"seed": 9}, "seed 9"),
+        ({"seed": 0}, "seed 0"),
         ({"episodes": 0}, "--episodes: got 0"),
         ({"env_seed": -1}, "--env-seed: got -1"),
         ({"out": Path("/no/such/folder/file.csv")}, "--out"),
@@ -99,20 +108,26 @@ def test_runs_without_a_good_policy(trained, tmp_path, capsys):
     """Otherwise a damaged policy file is a traceback, or a wrong folder another run's policy."""
     bad = tmp_path / "run"
     (bad / "checkpoints").mkdir(parents=True)
-    for content, says in (
-        (None, "args.json is damaged or missing"),
-        ("args", "no policy in"),
-        ("zip", "damaged"),
-    ):
-        if content == "args":
-            (bad / "args.json").write_text((trained / "ppo_gaussian/args.json").read_text())
-        if content == "zip":
-            data = bytearray((trained / f"ppo_gaussian/checkpoints/policy_{TOTAL}.npz").read_bytes())
-            data[len(data) // 2] ^= 255
-            (bad / f"checkpoints/policy_{TOTAL}.npz").write_bytes(data)
+    stored = (trained / "ppo_gaussian/args.json").read_text()
+    policy = f"checkpoints/policy_{TOTAL}.npz"
+    data = bytearray((trained / "ppo_gaussian" / policy).read_bytes())
+    data[len(data) // 2] ^= 255
+
+    def message():
         with pytest.raises(SystemExit):
             evaluate.evaluate(bad, episodes=2)
-        assert says in capsys.readouterr().err
+        return capsys.readouterr().err
+
+    assert "args.json is damaged or missing" in message()
+    (bad / "args.json").write_text(stored)
+    assert "no policy in" in message()
+    (bad / policy).write_bytes(data)
+    assert f"policy_{TOTAL}.npz is damaged" in message()
+    shutil.copy(trained / "fpo" / policy, bad / policy)
+    text = message()
+    assert f"policy_{TOTAL}.npz is damaged" in text and "fpo.py" in text
+    (bad / "args.json").write_text(json.dumps(json.loads(stored) | {"max_grad_norm": 0.0}))
+    assert "its args.json is not one of ppo_gaussian.py as it is here" in message()
 
 
 def test_figure_7(trained, monkeypatch, capsys):
@@ -124,6 +139,9 @@ def test_figure_7(trained, monkeypatch, capsys):
         where |= runs.settings_of(runs.read_args(run))
     out = trained / "out"
     out.mkdir()
+    for file in trained.glob("*/checkpoints/policy_*.npz"):  # one method's course will do
+        if file.parents[1].name != "gorl_fm_ppo" and file.name != f"policy_{TOTAL}.npz":
+            file.unlink()
     where = tuple(f"{k}={runs.shown(v)}" for k, v in where.items())
     options = runs.Options(runs=(trained,), out=out, where=where)
     *_, file = figure_7.draw(options, samples=10_000, num_states=2)
@@ -132,28 +150,19 @@ def test_figure_7(trained, monkeypatch, capsys):
     np.testing.assert_allclose(record["observation"], state, rtol=1e-6)
     assert np.linalg.norm(record["projection"]) == pytest.approx(1)
     saved = {(p["method"], p["step"]) for p in record["policies"]}
-    assert saved == {(m, s) for m in ("gorl_fm_ppo", "gorl_diff_ppo") for s in (160, 320, 480)} | {
-        (m, 480) for m in ("ppo_gaussian", "fpo", "dppo")
-    }
+    last = {(method, TOTAL) for method in paper.METHODS}
+    assert saved == last | {("gorl_fm_ppo", 160), ("gorl_fm_ppo", 320)}
     panels = np.array(kept[0].axes).reshape(5, 3)
     assert [row[0].get_ylabel() for row in panels] == list(paper.METHODS.values())
-    assert [panel.get_title() for panel in panels[0]] == [
-        "0.00016M steps",
-        "0.00032M steps",
-        "0.00048M steps",
-    ]
-    for panel in panels.ravel():
-        text = panel.texts[0].get_text()
-        assert len(panel.get_lines()) == (0 if text == "no policy saved" else 2)  # a line a seed
-    assert (
-        panels[0, 0].texts[0].get_text() == "no policy saved"
-        and panels[4, 0].texts[0].get_text() != "no policy saved"
-    )
+    titles = [panel.get_title() for panel in panels[0]]
+    assert titles == ["0.00016M steps", "0.00032M steps", "0.00048M steps"]
+    empty = [panel.texts[0].get_text() == "no policy saved" for panel in panels.ravel()]
+    assert empty == 4 * [True, True, False] + 3 * [False]
+    for panel, nothing in zip(panels.ravel(), empty, strict=True):
+        assert len(panel.get_lines()) == (0 if nothing else 2)  # a line a seed
     # PPO's u is Gaussian: the curve is known, and two Gaussians are no better than one.
-    line, ppo = (
-        panels[0, 2].get_lines()[0],
-        next(p for p in record["policies"] if p["method"] == "ppo_gaussian"),
-    )
+    line = panels[0, 2].get_lines()[0]
+    ppo = next(p for p in record["policies"] if p["method"] == "ppo_gaussian")
     axis = np.array(record["projection"])
     _, _, policy, *_ = policies.open_policy(trained / "ppo_gaussian", TOTAL, 1)
     u = np.asarray(policy(np.broadcast_to(state, (20_000, 3)), figure_7_key(5))) @ axis
@@ -165,22 +174,22 @@ def test_figure_7(trained, monkeypatch, capsys):
 
 def figure_7_key(seed):
     """The key of the first of two states."""
-    import jax
-
     key = jax.random.PRNGKey(seed)
     return jax.random.split(key, 2)[0] if seed == 0 else key
 
 
 def test_figure_1(tmp_path, monkeypatch, capsys):
-    """Otherwise the paper's first claim is drawn by hand: flow and Gaussian fitted to two equal peaks."""
+    """Otherwise the paper's first claim is drawn by hand: flow and Gaussian fitted to two equal
+    peaks.
+    """
     kept = []
     monkeypatch.setattr(style, "save", lambda figure, out, name: kept.append(figure) or [])
     small = {"num_envs": 64, "batch_size": 32, "num_minibatches": 2}
     monkeypatch.setattr(figure_1, "SIZES", figure_1.SIZES | small)
     monkeypatch.setattr(figure_1, "METHODS", ("ppo_gaussian", "gorl_fm_ppo"))
-    before = ppo_gaussian.make_env
+    before = ppo_gaussian.make_env, signal.getsignal(signal.SIGTERM)
     *_, file = figure_1.draw(runs.Options(out=tmp_path), iterations=12, seeds=2, draws=2000)
-    assert ppo_gaussian.make_env is before
+    assert (ppo_gaussian.make_env, signal.getsignal(signal.SIGTERM)) == before
     record = json.loads(file.read_text())
     gaussian, flow = record["closest Gaussian"][0], record["flow, GoRL(FM)'s decoder training"][0]
     x = np.linspace(-4, 4, 8001)
@@ -198,63 +207,70 @@ def test_figure_1(tmp_path, monkeypatch, capsys):
     plt.close("all")
 
 
-# --- by the command line, on the real physics
+# --- by the command line
 
 
 def module(name, *arguments, **environment):
     command = [sys.executable, "-m", f"plotting.{name}", *map(str, arguments)]
-    env = os.environ | environment
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, cwd=runs.ROOT)
+    how = {"env": os.environ | environment, "cwd": runs.ROOT, "timeout": 600}
+    return subprocess.run(command, capture_output=True, text=True, **how)
 
 
-@pytest.fixture(scope="module")
-def cheetah(tmp_path_factory):
-    """A tiny run of Gaussian PPO on CheetahRun."""
-    folder = tmp_path_factory.mktemp("cheetah")
-    command = [sys.executable, ppo_gaussian.__file__, *COMMON, "--runs-dir", str(folder)]
-    with (folder / "log").open("w") as log:
-        assert subprocess.run(command, stdout=log, stderr=log, timeout=600).returncode == 0
-    return next(path for path in folder.iterdir() if path.is_dir())
-
-
-def test_evaluate_by_the_command_line(cheetah):
-    """Otherwise a user cannot evaluate a policy on real physics, or gets another return than was logged."""
-    done = module("evaluate", cheetah, "--episodes", 8)
+def test_evaluate_by_the_command_line(trained):
+    """Otherwise a user cannot evaluate a policy, or gets another return than was logged."""
+    run = trained / "dppo"
+    toy = {"PYTHONPATH": str(Path(__file__).parent / "fake_playground")}
+    done = module("evaluate", run, "--episodes", 16, **toy)
     assert done.returncode == 0, done.stderr[-2000:]
-    got, want = (
-        runs.read_table(cheetah / name)["return_mean"][-1] for name in ("evaluations.csv", "eval.csv")
+    assert f"wrote {run}/evaluations.csv" in done.stdout
+    got = runs.read_table(run / "evaluations.csv")["return_mean"]
+    want = runs.read_table(run / "eval.csv")
+    seed_1 = want["return_mean"][want["seed"] == 1]
+    assert got == pytest.approx(seed_1[-1], rel=2e-4)
+    done = module("evaluate", run, "--step", 7)
+    assert done.returncode == 2 and "has no step 7" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def cheetah(tmp_path):
+    """A run on CheetahRun of which there is a policy, untrained."""
+    args = ppo_gaussian.Args(
+        env_id="CheetahRun", episode_length=20, runs_dir=str(tmp_path / "runs")
     )
-    assert (
-        got == pytest.approx(want, rel=0.02, abs=1e-3) and f"wrote {cheetah}/evaluations.csv" in done.stdout
-    )
-    done = module("evaluate", cheetah, "--step", 7)
-    assert done.returncode == 2 and "has no step 7" in done.stderr and "Traceback" not in done.stderr
+    run = ppo_gaussian.make_run_dir(args, "none")
+    sizes = SimpleNamespace(observation_size=17, action_size=6)
+    agent = ppo_gaussian.init_agent(args, sizes, jax.random.PRNGKey(0))
+    agents = jax.tree.map(lambda x: np.asarray(x)[None], ppo_gaussian.policy_part(agent))
+    ppo_gaussian.save_arrays(args, run / "checkpoints/policy_1.npz", agents)
+    return run
 
 
 def test_video_by_the_command_line(cheetah, tmp_path):
     """Otherwise there is no film, or none without a display, or a half one is left behind."""
-    done = module("video", cheetah, "--height", 48, "--width", 64, "--out", tmp_path / "a.mp4")
+    (tmp_path / "film").mkdir()
+    film = tmp_path / "film/a.mp4"
+    done = module("video", cheetah, "--height", 48, "--width", 64, "--out", film)
     if done.returncode == 1:
         assert "cannot draw: no OpenGL without a display" in done.stderr
         pytest.skip("no EGL or OSMesa here")
     assert done.returncode == 0, done.stderr[-2000:]
     import imageio_ffmpeg
 
-    about, *pictures = imageio_ffmpeg.read_frames(str(tmp_path / "a.mp4"))
+    about, *pictures = imageio_ffmpeg.read_frames(str(film))
     assert about["source_size"] == (64, 48) and about["fps"] == pytest.approx(50)
     pictures = [np.frombuffer(picture, np.uint8).astype(float) for picture in pictures]
     assert len(pictures) == 10  # 20 control steps of 0.01 s
-    assert all(picture.std() > 10 for picture in pictures) and np.abs(pictures[0] - pictures[-1]).max() > 10
-    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    assert all(picture.std() > 10 for picture in pictures)
+    assert np.abs(pictures[0] - pictures[-1]).max() > 10
+    assert [path.name for path in film.parent.iterdir()] == ["a.mp4"]
 
 
 def test_no_opengl_is_a_clear_message(cheetah):
     """Otherwise a machine without EGL and OSMesa gives a traceback after the simulation."""
     done = module("video", cheetah, MUJOCO_GL="glfw", DISPLAY="")
-    assert (
-        done.returncode == 1
-        and "cannot draw: no OpenGL without a display (MUJOCO_GL=glfw tried)" in done.stderr
-    )
+    says = "cannot draw: no OpenGL without a display (MUJOCO_GL=glfw tried)"
+    assert done.returncode == 1 and says in done.stderr
     assert "Traceback" not in done.stderr
     done = module("video", cheetah, "--width", 63)
     assert done.returncode == 2 and "--width: got 63; takes an even number" in done.stderr
@@ -275,7 +291,11 @@ def test_figure_3_by_the_command_line(tmp_path):
 
 
 def test_every_module_has_help():
-    """Otherwise a user finds no arguments, or help takes a device. (Figure 4 stands for those like it.)"""
+    """Otherwise a user finds no arguments, or help takes a device. (Figure 4 stands for those like
+    it.)
+    """
     for name in ("evaluate", "video", "pack", "all", "figure_4", "figure_7"):
         done = module(name, "--help", JAX_PLATFORMS="none_such")
-        assert done.returncode == 0 and ("--to" if name == "pack" else "--out") in done.stdout, done.stderr
+        assert done.returncode == 0 and ("--to" if name == "pack" else "--out") in done.stdout, (
+            done.stderr
+        )

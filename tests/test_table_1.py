@@ -1,4 +1,6 @@
-"""The plan of Table 1 by its command line, on a point mass: cells run, stop, go on, are skipped, refused."""
+"""The plan of Table 1 by its command line, on a point mass: cells run, stop, go on, are skipped,
+refused.
+"""
 
 import csv
 import fcntl
@@ -14,19 +16,23 @@ from pathlib import Path
 import pytest
 from conftest import ended
 
+import gorl_fm_ppo
+
 HERE = Path(__file__).parent
 SCRIPT = HERE.parent / "benchmark/table_1.py"
 TINY = (
-    "--preset cpu --num-envs 32 --batch-size 4 --num-minibatches 8 --unroll-length 10 --update-epochs 16 "
-    "--eval-every 2560 --eval-envs 4 --episode-length 50 --gamma 0.9 --total-timesteps 12800"
+    "--preset cpu --num-envs 32 --batch-size 4 --num-minibatches 8 --unroll-length 10 "
+    "--update-epochs 16 --eval-every 2560 --eval-envs 4 --episode-length 50 --gamma 0.9 "
+    "--total-timesteps 9600"
 ).split()
-TWO = "--tasks FishSwim --methods ppo_gaussian gorl_fm_ppo --num-seeds 2".split()
+TWO = "--tasks FishSwim --methods ppo_gaussian fpo --num-seeds 2".split()
 
 
 def start(cwd, *arguments, tiny=TINY):
     """table_1.py in a folder, with the point mass in Playground's place."""
     environment = os.environ | {"PYTHONPATH": str(HERE / "fake_playground")}
-    files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - a pipe that nobody reads fills up
+    # Files, since a pipe that nobody reads fills up.
+    files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
     command = [sys.executable, str(SCRIPT), *map(str, arguments), "--", *map(str, tiny)]
     process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=files[0], stderr=files[1])
     process.files = files
@@ -35,7 +41,7 @@ def start(cwd, *arguments, tiny=TINY):
 
 def run(cwd, *arguments, **how):
     process = start(cwd, *arguments, **how)
-    _, process.out, process.err = ended(process)
+    _, process.out, process.err = ended(process, 600)
     return process
 
 
@@ -53,7 +59,8 @@ def test_the_plan_of_all_cells(tmp_path):
     """Otherwise a cell of the paper's table is never run, or a plan runs something."""
     done = run(tmp_path, "--dry-run", tiny=())
     rows = done.out.splitlines()
-    assert done.returncode == 0 and rows[-1] == "30 to start" and not list(tmp_path.iterdir()), done.err
+    assert done.returncode == 0, done.err
+    assert rows[-1] == "30 to start" and not list(tmp_path.iterdir())
     assert [row.split()[:2] for row in rows[:-1]] == [[str(i), "start"] for i in range(30)]
     assert len({row.split("python ")[1] for row in rows[:-1]}) == 30
     assert "python gorl_fm_ppo.py --env-id HopperStand --num-seeds 5 --runs-dir" in rows[0]
@@ -66,18 +73,34 @@ def test_cells_are_stopped_gone_on_with_and_skipped(tmp_path):
     while process.poll() is None and not list(folder.glob("*/train.csv")):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, out, err = ended(process, 120)
+    *_, err = ended(process)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert "stopped by SIGTERM" in out and not (folder.parent / "gorl_fm_ppo").exists()
+    assert not (folder.parent / "fpo").exists()
     done = run(tmp_path, *TWO)
-    assert "0  go on" in done.out and "1  start" in done.out and "1 to go on, 1 to start" in done.out
+    assert "0  go on" in done.out and "1  start" in done.out
+    assert "1 to go on, 1 to start" in done.out
+    assert "python ppo_gaussian.py --resume runs/table_1/FishSwim/ppo_gaussian/" in done.out
     assert done.returncode == 0, done.err
-    want = {"1": 12800, "2": 12800}
-    assert last_steps(tmp_path) == {"ppo_gaussian": want, "gorl_fm_ppo": want}
+    want = {"1": 9600, "2": 9600}
+    assert last_steps(tmp_path) == {"ppo_gaussian": want, "fpo": want}
     again = run(tmp_path, *TWO)
     assert again.returncode == 0 and again.out.splitlines()[-1] == "2 finished"
-    other = run(tmp_path, *TWO, "--dry-run", tiny=[*TINY, "--gamma", "0.8"])
-    assert other.returncode == 2 and "--gamma: got 0.8; takes the resumed run's" in other.err
+
+
+def test_a_run_of_other_arguments(tmp_path, monkeypatch):
+    """Otherwise a cell goes on with a run of other sizes, or refuses its own."""
+    folder = tmp_path / "runs/table_1/FishSwim/gorl_fm_ppo"
+    line = ["--env-id", "FishSwim", "--num-seeds", "2", *TINY, "--runs-dir", str(folder)]
+    monkeypatch.setattr(sys, "argv", ["gorl_fm_ppo.py", *line])
+    made = gorl_fm_ppo.make_run_dir(gorl_fm_ppo.parse_args(), "toy")
+    one = "--tasks FishSwim --methods gorl_fm_ppo --num-seeds 2 --dry-run".split()
+    same = run(tmp_path, *one, tiny=[*TINY, "--track", "--wandb-entity", "me"])
+    assert same.returncode == 0, same.err
+    words = f"python gorl_fm_ppo.py --resume {made.relative_to(tmp_path)} --track"
+    assert words in same.out and "--wandb-entity me" in same.out
+    other = run(tmp_path, *one, tiny=[*TINY, "--gamma", "0.8"])
+    assert other.returncode == 2 and "table_1.py: --gamma: got 0.8; takes that of" in other.err
+    assert other.err.count("\n") == 1
 
 
 def test_a_signal_while_a_script_is_starting(tmp_path):
@@ -88,18 +111,18 @@ def test_a_signal_while_a_script_is_starting(tmp_path):
         time.sleep(0.01)
     time.sleep(0.3)  # it imports JAX
     process.send_signal(signal.SIGTERM)
-    *_, err = ended(process, 60)
+    *_, err = ended(process)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert not list(folder.glob("*/args.json")) and not (folder.parent / "gorl_fm_ppo").exists()
+    assert not list(folder.glob("*/args.json")) and not (folder.parent / "fpo").exists()
 
 
 @pytest.fixture
 def main(tmp_path, monkeypatch):
-    """main() in this process, of cells that only note that they were started and have a given status."""
+    """main() in this process; cells only note that they were started, and have a given status."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
     table_1 = importlib.import_module("table_1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(table_1, "checked", lambda argv: None)
+    monkeypatch.setattr(table_1, "checked", lambda argv: None)  # nothing is there to go on with
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def call(statuses, *arguments):
@@ -118,11 +141,11 @@ def main(tmp_path, monkeypatch):
 
 def test_a_cell_that_fails(main, capsys):
     """Otherwise one bad cell stops the other 29, or nobody hears of it."""
-    assert main([2, 0], *TWO) == (1, ["ppo_gaussian.py", "gorl_fm_ppo.py"])
+    assert main([2, 0], *TWO) == (1, ["ppo_gaussian.py", "fpo.py"])
     assert "cell 0 failed with status 2; the others go on" in capsys.readouterr().err
-    assert main([0, 0], *TWO) == (0, ["ppo_gaussian.py", "gorl_fm_ppo.py"])
+    assert main([0, 0], *TWO) == (0, ["ppo_gaussian.py", "fpo.py"])
     assert main([143], *TWO) == (143, ["ppo_gaussian.py"])
-    assert main([0], *TWO, "--cell", "1") == (0, ["gorl_fm_ppo.py"])
+    assert main([0], *TWO, "--cell", "1") == (0, ["fpo.py"])
 
 
 def test_a_cell_that_another_process_works_on(main, tmp_path, capsys):
@@ -131,7 +154,7 @@ def test_a_cell_that_another_process_works_on(main, tmp_path, capsys):
     folder.mkdir(parents=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main([0], *TWO) == (0, ["gorl_fm_ppo.py"])
+        assert main([0], *TWO) == (0, ["fpo.py"])
     assert "cell 0 is being worked on by another process" in capsys.readouterr().err
 
 
@@ -141,7 +164,7 @@ def test_a_cell_that_another_process_works_on(main, tmp_path, capsys):
         ("--cell 30", "--cell: got 30; takes a number from 0 to 29"),
         ("--tasks Hopper", "--tasks: got Hopper; takes some of HopperStand"),
         ("--methods ppo", "--methods: got ppo; takes some of gorl_fm_ppo"),
-        ("--num-seeds 0", "--num-seeds: got 0; takes numbers above 0"),
+        ("--num-seeds 0", "--num-seeds: got 0; takes"),
     ],
 )
 def test_wrong_arguments(arguments, words, tmp_path):

@@ -1,4 +1,4 @@
-"""An environment that compiles in no time, and a script as a user runs it, by its command line, on that.
+"""Environments that compile in no time, and a script, run by its command line, on one of them.
 
 python tests/toy.py gorl_fm_ppo --seed 1
 """
@@ -6,7 +6,6 @@ python tests/toy.py gorl_fm_ppo --seed 1
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -27,15 +26,17 @@ class State:
 class PointMass:
     """A point pushed in the plane; it goes NaN when its fuse is down."""
 
-    observation_size, action_size = 3, 2
+    observation_size = 3
+    action_size = 2
 
     def reset(self, key):
         data = {"x": jax.random.uniform(key, (2,), minval=-1), "fuse": jnp.int32(10**6)}
         return self.observe(data, 0.0)
 
     def observe(self, data, done):
-        obs = jnp.append(data["x"], data["x"].sum())
-        return State(data, obs, jnp.exp(-jnp.square(data["x"]).sum()), jnp.float32(done))
+        x = data["x"]
+        obs = jnp.append(x, x.sum())
+        return State(data, obs, jnp.exp(-jnp.square(x).sum()), jnp.float32(done))
 
     def step(self, state, action):
         fuse = state.data["fuse"] - 1
@@ -43,14 +44,22 @@ class PointMass:
         return self.observe({"x": x, "fuse": fuse}, jnp.isnan(x).any())
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    playground = sys.modules["mujoco_playground"] = ModuleType("mujoco_playground")  # takes seconds to import
-    playground.MjxEnv, playground.dm_control_suite = PointMass, ModuleType("dm_control_suite")
-    sys.modules["mujoco"] = ModuleType("mujoco")
-    sys.modules["mujoco"].mjx = None
-    playground.dm_control_suite.ALL_ENVS = ["HopperHop", "HopperStand"]
+class Walled(PointMass):
+    """An episode is over, in a real terminal state, where the point has left the square."""
+
+    def step(self, state, action):
+        state = super().step(state, action)
+        outside = (jnp.abs(state.data["x"]) > 1).any()
+        return state.replace(done=jnp.maximum(state.done, outside))
+
+
+def main():
     script = importlib.import_module(sys.argv[1])
     script.make_env = lambda args: PointMass()
     sys.argv = [script.__file__, *sys.argv[2:]]
-    sys.exit(script.main())
+    script.main()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    main()
