@@ -624,8 +624,9 @@ def load_checkpoint(args: "Args", run_dir: Path, like: Any) -> tuple[Any, dict]:
 def make_run_dir(args: "Args", device: str) -> Path:
     """Creates RUNS_DIR/<env-id>__<exp-name>__<seed>__<unix time>/ with args.json in it."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    git = f'git -C "{Path(__file__).parent}" describe --always --dirty'
-    versions = {"script": Path(__file__).name, "git_commit": subprocess.getoutput(git)}
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    versions = {"script": Path(__file__).name, "git_commit": commit or None}
     versions |= {"device": device, "python": sys.version.split()[0]}
     versions |= {package.name: package.version for package in metadata.distributions()}
     run_dir = Path(args.runs_dir) / name
