@@ -41,7 +41,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState as Network  # parameters and Adam's state
 from jax import Array, P
 from jax.scipy.stats import norm
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 
@@ -109,7 +109,7 @@ class Args:
         takes = f"at most {most}, what --decoder-buffer-size and each stage hold"
         ok = self.decoder_batch_size <= most
         require(ok, "decoder_batch_size", self.decoder_batch_size, takes)
-        found = self.decoder_from is None or Path(self.decoder_from).is_file()
+        found = not self.decoder_from or self.resume or Path(self.decoder_from).is_file()
         require(found, "decoder_from", self.decoder_from, "a policy file")
 
 
@@ -133,7 +133,7 @@ def check_common(args: "Args", more_counts: tuple = (), more_weights: tuple = ()
     counts += ("episode_length", "unroll_length", "num_minibatches", "update_epochs", *more_counts)
     weights = ("seed", "learning_rate", "reward_scale", "vf_coef", "ent_coef", *more_weights)
     fractions = ("gamma", "gae_lambda", "clip_eps")
-    for names, low, high in ((counts, 1, 2**40), (weights, 0, 2**30), (fractions, 0, 1)):
+    for names, low, high in ((counts, 1, 2**31 - 1), (weights, 0, 2**30), (fractions, 0, 1)):
         for name in names:
             got = np.ravel(getattr(args, name))
             ok = got.size > 0 and ((low <= got) & (got <= high)).all()
@@ -167,7 +167,8 @@ def make_env(args: "Args") -> Any:
         env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # each is traced only once
         assert isinstance(env.observation_size, int), "its observation is not one flat array"
     except Exception as error:
-        takes = f"a task that can be built here, of {', '.join(registry.ALL_ENVS)}"
+        known = args.env_id in registry.ALL_ENVS
+        takes = "a task that can be built here" if known else ", ".join(registry.ALL_ENVS)
         require(False, "env_id", f"{args.env_id} ({error})", takes)
     return env
 
@@ -245,12 +246,11 @@ class MLP(nn.Module):
 
 def make_network(module: nn.Module, learning_rate: float, key: Array, *inputs: Array) -> Network:
     params = module.init(key, *inputs)
-    return Network.create(apply_fn=module.apply, params=params, tx=optax.adam(learning_rate))
+    network = Network.create(apply_fn=module.apply, params=params, tx=optax.adam(learning_rate))
+    return network.replace(step=jnp.int32(0))  # not weakly typed, as a checkpoint has it
 
 
 # --- end shared ---
-
-
 class Encoder(nn.Module):
     """Mean and std (..., action_dim) of pi(latent | s) at normalised observations (App. E.3)."""
 
@@ -403,8 +403,6 @@ def evaluate(
 
 
 # --- end shared ---
-
-
 def ppo_loss(params: dict, args: Args, agent: Agent, batch: Steps, clip_eps: Any) -> tuple:
     """Clipped surrogate (Eq. 5), KL to the decoder's prior (Eq. 3), entropy bonus, critic error.
 
@@ -530,7 +528,7 @@ def decoder_epoch(args: Args, decoder: Network, stats: RunningStats, pairs: Pair
 
 def next_stage(state: State, decoder: Network, fresh: State) -> State:
     """The encoder restarts as exactly N(0, I) (section 3.2); critic and statistics carry on."""
-    stats = jax.tree.map(jnp.copy, state.agent.stats)
+    stats = jax.tree.map(jnp.copy, state.agent.stats)  # `iterate` donates each buffer, once
     agent = state.agent._replace(encoder=fresh.agent.encoder, decoder=decoder, decoder_stats=stats)
     return fresh._replace(agent=agent)
 
@@ -546,7 +544,9 @@ def log(args: "Args", run_dir: Path, table: str, **columns: Any) -> None:
             row = {name: np.broadcast_to(x, args.num_seeds)[i] for name, x in columns.items()}
             print(args.seed + i, *row.values(), sep=",", file=file)
             if args.track:
-                sys.modules["wandb"].log({f"{table}/seed_{args.seed + i}": row})
+                import wandb
+
+                wandb.log({f"{table}/seed_{args.seed + i}": row})
 
 
 def save_arrays(args: "Args", path: Path, tree: Any, **meta: Any) -> None:
@@ -654,12 +654,15 @@ def load_policy(run_dir: str | Path, step: int | None = None, seed: int | None =
 
 def over_seeds(args: "Args", f: Callable, in_axes: tuple, **options: Any) -> Callable:
     """Compiles f for all seeds: `vmap`, and on as many local devices as can share them evenly."""
-    num_devices = np.gcd(args.num_seeds, jax.local_device_count())
+    counts = range(1, jax.local_device_count() + 1)
+    num_devices = max(count for count in counts if args.num_seeds % count == 0)
     mesh = Mesh(np.array(jax.local_devices()[:num_devices]), ("seeds",))
     specs = tuple(P() if axis is None else P("seeds") for axis in in_axes)
     mapped = jax.vmap(f, in_axes)
     mapped = jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=P("seeds"), check_vma=False)
-    return jax.jit(mapped, **options)
+    # Told, since arrays from a checkpoint have none, for which all would be compiled again.
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    return jax.jit(mapped, in_shardings=shardings, **options)
 
 
 # --- end shared ---
@@ -715,6 +718,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
             state = state._replace(agent=agent)
         log_returns(stage=0)
         save_time = save(stage=0)
+    state = jax.tree.map(jnp.asarray, state)  # a checkpoint's arrays are on the host
     for stage in range(progress["stage"], len(args.stage_timesteps)):
         # Phase 1: PPO on the latent policy; the decoder is frozen.
         clip_eps = args.clip_eps[min(stage, len(args.clip_eps) - 1)]
@@ -731,14 +735,14 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
             if not np.isfinite(metrics["loss"] + norms).all():
                 raise FloatingPointError(f"iteration {done}: loss or gradient is not finite")
 
-            stage_ends = done == args.stage_ends[stage]
-            if stage_ends or done * size % args.eval_every < size:
+            stage_done = done == args.stage_ends[stage]
+            if stage_done or done * size % args.eval_every < size:
                 log_returns(stage)
-            if stage_ends:
+            if stage_done:
                 path = run_dir / f"checkpoints/policy_{done * size}.npz"
                 save_arrays(args, path, policy_part(state.agent))
             late = time.time() - save_time > 60 * args.checkpoint_minutes
-            if stage_ends or late or stop_signals:
+            if stage_done or late or stop_signals:
                 save_time = save(stage)
             if stop_signals:
                 raise SystemExit(128 + signal.SIGTERM)
@@ -769,6 +773,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         row |= {"deterministic_before": before[1], "deterministic_after": after[1]}
         log(args, run_dir, "refine", step=done * size, stage=stage + 1, **row)
         save_time = save(stage + 1)
+        del pairs, fresh  # a GB a seed each, at the paper's sizes
     bar.close()
 
 
@@ -776,7 +781,7 @@ def parse_args() -> Args:
     """The command line's arguments, over those of the preset or of the run that is resumed."""
     args, given = parse_common()
     total = sum(args.stage_timesteps)
-    if total == 0:
+    if not args.stage_timesteps:
         ends = [args.total_timesteps * n // 6 for n in (0, 2, 4, 5, 6)]
         args = replace(args, stage_timesteps=tuple(np.diff(ends).tolist()))
     elif total != args.total_timesteps:
@@ -828,7 +833,7 @@ def main() -> None:
         train(args, env, run_dir)
     except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
         newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0]
         print(f"{sys.argv[0]}: {reason}; newest: {newest}; resume: {resume}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"Finished: {run_dir}\nCurve: python -m plotting.figure_4 --runs {run_dir}")

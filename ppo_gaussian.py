@@ -41,7 +41,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState as Network  # parameters and Adam's state
 from jax import Array, P
 from jax.scipy.stats import norm
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
 
@@ -116,7 +116,7 @@ def check_common(args: "Args", more_counts: tuple = (), more_weights: tuple = ()
     counts += ("episode_length", "unroll_length", "num_minibatches", "update_epochs", *more_counts)
     weights = ("seed", "learning_rate", "reward_scale", "vf_coef", "ent_coef", *more_weights)
     fractions = ("gamma", "gae_lambda", "clip_eps")
-    for names, low, high in ((counts, 1, 2**40), (weights, 0, 2**30), (fractions, 0, 1)):
+    for names, low, high in ((counts, 1, 2**31 - 1), (weights, 0, 2**30), (fractions, 0, 1)):
         for name in names:
             got = np.ravel(getattr(args, name))
             ok = got.size > 0 and ((low <= got) & (got <= high)).all()
@@ -150,7 +150,8 @@ def make_env(args: "Args") -> Any:
         env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # each is traced only once
         assert isinstance(env.observation_size, int), "its observation is not one flat array"
     except Exception as error:
-        takes = f"a task that can be built here, of {', '.join(registry.ALL_ENVS)}"
+        known = args.env_id in registry.ALL_ENVS
+        takes = "a task that can be built here" if known else ", ".join(registry.ALL_ENVS)
         require(False, "env_id", f"{args.env_id} ({error})", takes)
     return env
 
@@ -228,12 +229,11 @@ class MLP(nn.Module):
 
 def make_network(module: nn.Module, learning_rate: float, key: Array, *inputs: Array) -> Network:
     params = module.init(key, *inputs)
-    return Network.create(apply_fn=module.apply, params=params, tx=optax.adam(learning_rate))
+    network = Network.create(apply_fn=module.apply, params=params, tx=optax.adam(learning_rate))
+    return network.replace(step=jnp.int32(0))  # not weakly typed, as a checkpoint has it
 
 
 # --- end shared ---
-
-
 class Actor(nn.Module):
     """Mean and std (..., action_dim) of pi(u | s) at normalised observations (App. E.3)."""
 
@@ -358,8 +358,6 @@ def evaluate(
 
 
 # --- end shared ---
-
-
 def ppo_loss(params: dict, args: Args, agent: Agent, batch: Steps, key: Array) -> tuple:
     """Clipped surrogate (section 2.1), entropy bonus, critic error."""
     # Targets and advantages are those of the critic as it is now, in every minibatch.
@@ -448,7 +446,9 @@ def log(args: "Args", run_dir: Path, table: str, **columns: Any) -> None:
             row = {name: np.broadcast_to(x, args.num_seeds)[i] for name, x in columns.items()}
             print(args.seed + i, *row.values(), sep=",", file=file)
             if args.track:
-                sys.modules["wandb"].log({f"{table}/seed_{args.seed + i}": row})
+                import wandb
+
+                wandb.log({f"{table}/seed_{args.seed + i}": row})
 
 
 def save_arrays(args: "Args", path: Path, tree: Any, **meta: Any) -> None:
@@ -556,12 +556,15 @@ def load_policy(run_dir: str | Path, step: int | None = None, seed: int | None =
 
 def over_seeds(args: "Args", f: Callable, in_axes: tuple, **options: Any) -> Callable:
     """Compiles f for all seeds: `vmap`, and on as many local devices as can share them evenly."""
-    num_devices = np.gcd(args.num_seeds, jax.local_device_count())
+    counts = range(1, jax.local_device_count() + 1)
+    num_devices = max(count for count in counts if args.num_seeds % count == 0)
     mesh = Mesh(np.array(jax.local_devices()[:num_devices]), ("seeds",))
     specs = tuple(P() if axis is None else P("seeds") for axis in in_axes)
     mapped = jax.vmap(f, in_axes)
     mapped = jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=P("seeds"), check_vma=False)
-    return jax.jit(mapped, **options)
+    # Told, since arrays from a checkpoint have none, for which all would be compiled again.
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    return jax.jit(mapped, in_shardings=shardings, **options)
 
 
 # --- end shared ---
@@ -604,6 +607,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         state = init(init_keys)
         log_returns()
         save_time = save()
+    state = jax.tree.map(jnp.asarray, state)  # a checkpoint's arrays are on the host
     while done < last:
         start = time.time()
         state, metrics = iterate(state)
@@ -678,7 +682,7 @@ def main() -> None:
         train(args, env, run_dir)
     except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
         newest = max(run_dir.glob("checkpoints/state_*.npz"), default="none")
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0]
         print(f"{sys.argv[0]}: {reason}; newest: {newest}; resume: {resume}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"Finished: {run_dir}\nCurve: python -m plotting.figure_4 --runs {run_dir}")

@@ -1,10 +1,6 @@
 """What tests share: a place for compiled programs, small arguments, an agent as after training."""
 
 import os
-import socket
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,21 +99,8 @@ def trained(agent, key):
     return agent._replace(decoder=decoder, decoder_stats=stats._replace(mean=mean + 0.5))
 
 
-def processes(count, *command, flag=(), each=((),) * 4):
-    """Python `count` times, each told where the first is, their number and its own; see `ended`."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address, started = f"localhost:{free.getsockname()[1]}", []
-    for i in range(count):
-        files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
-        line = [sys.executable, *map(str, command), *each[i], *flag, address, str(count), str(i)]
-        started.append(subprocess.Popen(line, stdout=files[0], stderr=files[1]))
-        started[-1].files = files
-    return started
-
-
 def ended(process, timeout=300):
-    """Exit status, standard output and errors of a process that is awaited."""
+    """Exit status, output and errors of a process, which has its open files as `files`."""
     try:
         process.wait(timeout)
     finally:
