@@ -41,7 +41,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState as Network  # parameters and Adam's state
 from jax import Array, P
 from jax.scipy.stats import norm
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 
@@ -660,9 +660,7 @@ def over_seeds(args: "Args", f: Callable, in_axes: tuple, **options: Any) -> Cal
     specs = tuple(P() if axis is None else P("seeds") for axis in in_axes)
     mapped = jax.vmap(f, in_axes)
     mapped = jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=P("seeds"), check_vma=False)
-    # Told, since arrays from a checkpoint have none, for which all would be compiled again.
-    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
-    return jax.jit(mapped, in_shardings=shardings, **options)
+    return jax.jit(mapped, **options)
 
 
 # --- end shared ---
@@ -673,6 +671,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
     iterate = over_seeds(args, partial(iteration, args, env), (0, None), donate_argnums=0)
     evaluate_seeds = over_seeds(args, partial(evaluate, args, env), (0, 0, None, None))
     refine = over_seeds(args, partial(decoder_epoch, args), (0, 0, 0, 0))
+    on_devices = over_seeds(args, lambda state: state, (0,))  # arrays from files are on the host
     fold_in = jax.vmap(jax.random.fold_in, (0, None))
     keys = jax.vmap(jax.random.PRNGKey)(np.arange(args.num_seeds) + args.seed)
     init_keys, eval_keys, decoder_keys = (fold_in(keys, purpose) for purpose in range(3))
@@ -715,10 +714,11 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         if args.decoder_from:
             decoder = state.agent.decoder.replace(params=given.decoder.params)
             agent = state.agent._replace(decoder=decoder, decoder_stats=given.decoder_stats)
-            state = state._replace(agent=agent)
+            state = on_devices(state._replace(agent=agent))
         log_returns(stage=0)
         save_time = save(stage=0)
-    state = jax.tree.map(jnp.asarray, state)  # a checkpoint's arrays are on the host
+    else:
+        state = on_devices(state)
     for stage in range(progress["stage"], len(args.stage_timesteps)):
         # Phase 1: PPO on the latent policy; the decoder is frozen.
         clip_eps = args.clip_eps[min(stage, len(args.clip_eps) - 1)]

@@ -131,8 +131,9 @@ def run(script, *arguments):
     over_seeds = script.over_seeds
 
     def spy(args, f, *rest, **options):
-        compiled[f.func.__name__] = over_seeds(args, f, *rest, **options)
-        return compiled[f.func.__name__]
+        name = getattr(f, "func", f).__name__
+        compiled[name] = over_seeds(args, f, *rest, **options)
+        return compiled[name]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "make_env", lambda args: PointMass())
@@ -254,7 +255,7 @@ def test_arguments_of_a_run(script, runs):
 def test_every_program_is_compiled_once(script, runs):
     """Otherwise each run pays for the physics' compilation twice."""
     _, programs = runs(script)
-    once = {"init_state": 1, "iteration": 1, "evaluate": 1}
+    once = {"init_state": 1, "iteration": 1, "evaluate": 1, "<lambda>": 0}
     if script in GORL:
         once["decoder_epoch"] = 2  # from 60 and from 40 pairs
     assert programs == once
