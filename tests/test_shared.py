@@ -18,7 +18,7 @@ import ppo_gaussian
 
 ROOT = Path(ppo_gaussian.__file__).parent
 # Definitions that may differ between two scripts that both have them.
-POLICY = {"Args", "Agent", "init_agent", "act", "Steps", "rollout", "update"}
+POLICY = {"Args", "init_agent", "act", "Steps", "rollout", "update"}
 DECODERS = {"Args", "init_agent", "decode", "decoder_epoch"}
 STAGES = {"CPU_PRESET", "policy_part", "ppo_loss", "State", "init_state", "iteration", "train"}
 
@@ -63,7 +63,7 @@ def difference(a, b):
 def test_shared_blocks(script):
     """Otherwise a fix reaches some of the methods, and their comparison is no longer fair."""
     want = blocks(gorl_fm_ppo)
-    assert len(want) >= 3
+    assert len(want) == 4
     assert set(want) == set(blocks(script))
     for name, block in blocks(script).items():
         assert block == want[name], f"{name}: " + "\n".join(difference(want[name], block))
@@ -76,21 +76,21 @@ def test_shared_blocks(script):
         (ppo_gaussian, dppo, POLICY),
         (fpo, dppo, POLICY),
         (gorl_fm_ppo, gorl_diff_ppo, DECODERS),
-        (ppo_gaussian, gorl_fm_ppo, POLICY | STAGES | {"parse_args"}),
+        (ppo_gaussian, gorl_fm_ppo, POLICY | STAGES | {"Agent", "parse_args"}),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_a_diff_shows_the_algorithm(a, b, may_differ):
     """Otherwise scripts differ in more than their methods, and `diff` hides what matters."""
     a, b = definitions(a), definitions(b)
-    assert {name for name in set(a) & set(b) if a[name] != b[name]} <= may_differ
+    assert {name for name in set(a) & set(b) if a[name] != b[name]} == may_differ
 
 
 @pytest.mark.parametrize(
     ("a", "b", "most"),
     [
-        (gorl_fm_ppo, gorl_diff_ppo, 80),
-        (ppo_gaussian, fpo, 160),
+        (gorl_fm_ppo, gorl_diff_ppo, 72),
+        (ppo_gaussian, fpo, 150),
         (ppo_gaussian, dppo, 160),
         (ppo_gaussian, gorl_fm_ppo, 420),
     ],
@@ -102,8 +102,14 @@ def test_differences_are_small(a, b, most):
 
 
 def test_readers_can_rely_on_the_size(script):
-    """Otherwise a script is no longer read in one go."""
+    """Otherwise scripts grow further while they are still too long."""
     assert len(text(script).splitlines()) <= (865 if script in GORL else 735)
+
+
+@pytest.mark.xfail(strict=True, reason="the scripts are still 55 to 105 lines longer than wanted")
+def test_scripts_are_as_short_as_wanted(script):
+    """Otherwise a script is no longer read in one go."""
+    assert len(text(script).splitlines()) <= (760 if script in GORL else 640)
 
 
 def test_scripts_stand_alone(script):
