@@ -12,7 +12,7 @@ McAllister et al., "Flow Matching Policy Gradients" (2025), in the PPO pipeline 
 
     python fpo.py --env-id HopperStand --seed 1
 
-Shapes: K seeds, N environments, T steps in an unroll, B unrolls in an iteration.
+Shapes: K seeds, N environments, S steps of each in an iteration, cut into B unrolls of T steps.
 """
 
 import json
@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +40,6 @@ import tyro
 from flax import linen as nn
 from flax.training.train_state import TrainState as Network  # parameters and Adam's state
 from jax import Array, P
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 
@@ -94,12 +93,13 @@ class Args:
         ends = [self.total_timesteps * sixths // 6 for sixths in (2, 4, 5, 6)]
         return [(2 * steps + size) // (2 * size) for steps in ends]
 
-    def check(self) -> None:
+    def checked(self, given: set[str]) -> "Args":
+        """The arguments; ends the program if they cannot be right."""
         check_common(self, ("flow_steps", "samples_per_action"))
-        require(self.ent_coef == 0, "ent_coef", self.ent_coef, "0: a flow's entropy is intractable")
-        takes = f"at least one iteration, {self.steps_per_iteration} steps"
-        ok = self.policy_iterations[-1] > 0
-        require(ok, "total_timesteps", self.total_timesteps, takes)
+        require(self.ent_coef == 0, self, "ent_coef", "0: the entropy of a flow is intractable")
+        allowed = f"at least one iteration, {self.steps_per_iteration} steps"
+        require(self.policy_iterations[-1] > 0, self, "total_timesteps", allowed)
+        return self
 
 
 CPU_PRESET = {"env_id": "CheetahRun", "total_timesteps": 1_200_000, "eval_every": 200_000}
@@ -107,15 +107,15 @@ CPU_PRESET |= {"num_envs": 128, "batch_size": 32, "num_minibatches": 16, "update
 
 
 # --- shared: checks, environment, statistics, layers ---
-def require(ok: bool, argument: str, got: Any, takes: str) -> None:
-    """Unless `ok`, ends the program with one line on stderr and exit status 2."""
-    if not ok:
-        name = argument.replace("_", "-")
-        print(f"{Path(sys.argv[0]).name}: --{name}: got {got}; takes {takes}", file=sys.stderr)
+def require(valid: bool, args: Args, name: str, allowed: str) -> None:
+    """Unless `valid`, ends the program with one line on stderr and exit status 2."""
+    if not valid:
+        error = f"--{name.replace('_', '-')}: got {getattr(args, name)}; takes {allowed}"
+        print(f"{Path(sys.argv[0]).name}: {' '.join(error.split())}", file=sys.stderr)
         raise SystemExit(2)
 
 
-def check_common(args: "Args", more_counts: tuple = (), more_weights: tuple = ()) -> None:
+def check_common(args: Args, more_counts: tuple = (), more_weights: tuple = ()) -> None:
     """Ends the program with one line at the first argument that cannot be right."""
     counts = ("num_seeds", "total_timesteps", "eval_every", "eval_envs", "num_envs", "batch_size")
     counts += ("episode_length", "unroll_length", "num_minibatches", "update_epochs", *more_counts)
@@ -123,13 +123,13 @@ def check_common(args: "Args", more_counts: tuple = (), more_weights: tuple = ()
     fractions = ("gamma", "gae_lambda", "clip_eps")
     for names, low, high in ((counts, 1, 2**31 - 1), (weights, 0, 2**30), (fractions, 0, 1)):
         for name in names:
-            got = np.ravel(getattr(args, name))
-            ok = got.size > 0 and ((low <= got) & (got <= high)).all()
-            require(ok, name, getattr(args, name), f"numbers from {low} to {high}")
+            values = np.array(getattr(args, name))
+            valid = values.size > 0 and ((low <= values) & (values <= high)).all()
+            require(valid, args, name, f"numbers from {low} to {high}")
     unrolls = args.batch_size * args.num_minibatches
-    takes = f"a divisor of --batch-size times --num-minibatches, {unrolls}"
-    require(unrolls % args.num_envs == 0, "num_envs", args.num_envs, takes)
-    require("/" not in args.exp_name, "exp_name", args.exp_name, "a name without slashes")
+    allowed = f"a divisor of --batch-size times --num-minibatches, {unrolls}"
+    require(unrolls % args.num_envs == 0, args, "num_envs", allowed)
+    require("/" not in args.exp_name, args, "exp_name", "a name without slashes")
 
 
 # === Environment ==================================================================================
@@ -139,7 +139,7 @@ class Envs(NamedTuple):
     steps: Array  # control steps since then, (N,)
 
 
-def make_env(args: "Args") -> Any:
+def make_env(args: Args) -> Any:
     """An environment of Playground; ends the program if it is none that can be used."""
     import mujoco  # these take seconds, for which --help need not wait
     from mujoco_playground import registry
@@ -155,28 +155,24 @@ def make_env(args: "Args") -> Any:
         env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # each is traced only once
         assert isinstance(env.observation_size, int), "its observation is not one flat array"
     except Exception as error:
-        known = args.env_id in registry.ALL_ENVS
-        takes = "a task that can be built here" if known else ", ".join(registry.ALL_ENVS)
-        require(False, "env_id", f"{args.env_id} ({error})", takes)
+        tasks = ", ".join(registry.ALL_ENVS)
+        require(False, args, "env_id", f"one that can be built ({error}), of {tasks}")
     return env
 
 
 def reset_envs(env: Any, num_envs: int, key: Array) -> Envs:
     with jax.default_matmul_precision("highest"):  # physics; GPUs multiply in less by default
         state = jax.vmap(env.reset)(jax.random.split(key, num_envs))
-    # Weak types would be gone after the first step, and everything be compiled again.
-    state = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
     return Envs(state=state, first=state, steps=jnp.zeros(num_envs, jnp.int32))
 
 
-def step_envs(args: "Args", env: Any, envs: Envs, u: Array) -> tuple:
+def step_envs(args: Args, env: Any, envs: Envs, u: Array) -> tuple:
     """Applies tanh(u); next environments, and reward, terminated, truncated, broken, (N,) each."""
     with jax.default_matmul_precision("highest"):
         state = jax.vmap(env.step)(envs.state, jnp.tanh(u))
     steps = envs.steps + 1
     # Physics that breaks, NaN or beyond 1e6, is truncated; what that step returned is dropped.
     broken = ~jnp.isfinite(state.reward) | ~(jnp.abs(state.obs) < 1e6).all(axis=-1)
-    reward = jnp.where(broken, 0.0, state.reward)
     terminated = (state.done > 0) & ~broken
     truncated = broken | ((steps >= args.episode_length) & ~terminated)
     ended = terminated | truncated
@@ -186,9 +182,9 @@ def step_envs(args: "Args", env: Any, envs: Envs, u: Array) -> tuple:
             return now
         return jnp.where(ended.reshape(-1, *[1] * (now.ndim - 1)), first, now)
 
-    state = jax.tree.map(reset_ended, envs.first, state)
-    envs = Envs(state, envs.first, jnp.where(ended, 0, steps))
-    return envs, reward, terminated, truncated, broken
+    after_reset = jax.tree.map(reset_ended, envs.first, state)
+    envs = Envs(after_reset, envs.first, jnp.where(ended, 0, steps))
+    return envs, jnp.where(broken, 0.0, state.reward), terminated, truncated, broken
 
 
 # === Networks =====================================================================================
@@ -200,14 +196,14 @@ class RunningStats(NamedTuple):
 
 def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
     """Adds observations (steps, N, obs_dim), by the formula of Chan et al. (1979)."""
-    size = obs.shape[0] * obs.shape[1]
+    count = obs.shape[0] * obs.shape[1]
     mean = obs.mean(axis=1).mean(axis=0)  # one axis at a time, against float32's rounding
     var = jnp.square(obs - mean).mean(axis=1).mean(axis=0)
-    share = size / (stats.count + size)
+    weight = count / (stats.count + count)  # of the new observations
     delta = mean - stats.mean
     # Without the old variance, the std would shrink with every batch, and normalised inputs grow.
-    var = stats.var + share * (var - stats.var + (1 - share) * jnp.square(delta))
-    return RunningStats(stats.count + size, stats.mean + share * delta, var)
+    var = stats.var + weight * (var - stats.var + (1 - weight) * jnp.square(delta))
+    return RunningStats(stats.count + count, stats.mean + weight * delta, var)
 
 
 def normalize(stats: RunningStats, obs: Array) -> Array:
@@ -223,19 +219,18 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        *batch_shape, width = x.shape
-        x = x.reshape(-1, width)  # CPUs copy what has more than one batch axis
-        for size in self.sizes[:-1]:
-            x = nn.silu(nn.Dense(size, kernel_init=nn.initializers.lecun_uniform())(x))
-        last_init = nn.initializers.zeros if self.zero_last else nn.initializers.lecun_uniform()
-        last = nn.Dense(self.sizes[-1], kernel_init=last_init, name="last")
-        return last(x).reshape(*batch_shape, -1)
+        init = nn.initializers.lecun_uniform()
+        rows = x.reshape(-1, x.shape[-1])  # CPUs copy what has more than one batch axis
+        for width in self.sizes[:-1]:
+            rows = nn.silu(nn.Dense(width, kernel_init=init)(rows))
+        last_init = nn.initializers.zeros if self.zero_last else init
+        rows = nn.Dense(self.sizes[-1], kernel_init=last_init, name="last")(rows)
+        return rows.reshape(*x.shape[:-1], -1)
 
 
 def make_network(module: nn.Module, learning_rate: float, key: Array, *inputs: Array) -> Network:
     params = module.init(key, *inputs)
-    network = Network.create(apply_fn=module.apply, params=params, tx=optax.adam(learning_rate))
-    return network.replace(step=jnp.int32(0))  # not weakly typed, as a checkpoint has it
+    return Network.create(apply_fn=module.apply, params=params, tx=optax.adam(learning_rate))
 
 
 # --- end shared ---
@@ -258,10 +253,9 @@ class Agent(NamedTuple):
 def init_agent(args: Args, env: Any, key: Array) -> Agent:
     keys = jax.random.split(key)
     obs, u, tau = jnp.zeros(env.observation_size), jnp.zeros(env.action_size), jnp.zeros(())
-    critic = MLP((256, 256, 256, 256, 256, 1))
     return Agent(
         actor=make_network(Velocity(), args.learning_rate, keys[0], obs, u, tau),
-        critic=make_network(critic, args.learning_rate, keys[1], obs),
+        critic=make_network(MLP((256, 256, 256, 256, 256, 1)), args.learning_rate, keys[1], obs),
         stats=RunningStats(jnp.zeros(()), jnp.zeros_like(obs), jnp.ones_like(obs)),
     )
 
@@ -285,20 +279,14 @@ def flow_loss(actor: Network, params: Any, obs: Array, u: Array, tau: Array, noi
 
 
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = False) -> tuple:
-    """u (..., action_dim) at raw observations, its pairs tau, noise, and their loss.
-
-    Evaluation, too, starts from random noise.
-    """
+    """u (..., action_dim) at raw observations, its pairs tau, noise, and their loss; random."""
     obs = normalize(agent.stats, obs)
     start_key, tau_key, noise_key = jax.random.split(key, 3)
-    taus = 1 - jnp.arange(args.flow_steps) / args.flow_steps  # where Euler steps start
-
-    def euler_step(x, tau):
-        return x - agent.actor.apply_fn(agent.actor.params, obs, x, tau) / args.flow_steps, None
-
     u_shape = (*obs.shape[:-1], *agent.actor.params["params"]["MLP_0"]["last"]["bias"].shape)
-    start = jax.random.normal(start_key, u_shape)
-    u, _ = jax.lax.scan(euler_step, start, taus)
+    u = jax.random.normal(start_key, u_shape)
+    taus = 1 - np.arange(args.flow_steps) / args.flow_steps  # where Euler steps start
+    for start in taus:
+        u = u - agent.actor.apply_fn(agent.actor.params, obs, u, start) / args.flow_steps
     pairs = (*u.shape[:-1], args.samples_per_action)
     tau = jax.random.choice(tau_key, taus, pairs)
     noise = jax.random.normal(noise_key, (*pairs, u.shape[-1]))
@@ -306,7 +294,7 @@ def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = F
 
 
 # === FPO ==========================================================================================
-class Steps(NamedTuple):  # (B / N * T, N, ...), and for the update (B, T, ...)
+class Steps(NamedTuple):  # (S, N, ...), and for the update (B, T, ...)
     obs: Array  # for the update normalised and T + 1 of them
     u: Array
     tau: Array
@@ -318,58 +306,55 @@ class Steps(NamedTuple):  # (B / N * T, N, ...), and for the update (B, T, ...)
     broken: Array
 
 
-def rollout(args: Args, env: Any, agent: Agent, envs: Envs, key: Array) -> tuple[Envs, Steps]:
+def rollout(args: Args, env: Any, agent: Agent, envs: Envs, key: Array) -> tuple:
+    """Next environments, steps (S, N, ...), and those as unrolls (B, T, ...) for the update."""
+    T = args.unroll_length
+
     def step(envs, key):
         sample = act(args, agent, envs.state.obs, key)
         next_envs, *outcome = step_envs(args, env, envs, sample[0])
         return next_envs, Steps(envs.state.obs, *sample, *outcome)
 
+    def as_unrolls(x):  # (S, N, ...) -> (S / T, N, T, ...) -> (B, T, ...)
+        return x.reshape(-1, T, *x.shape[1:]).swapaxes(1, 2).reshape(-1, T, *x.shape[2:])
+
     keys = jax.random.split(key, args.steps_per_iteration // args.num_envs)
-    return jax.lax.scan(step, envs, keys)
+    envs, steps = jax.lax.scan(step, envs, keys)
+    unrolls = jax.tree.map(as_unrolls, steps)
+    # Each unroll's last next observation is where the next unroll starts: in a new episode if the
+    # old one has ended there, but then nothing is bootstrapped from it.
+    ends = jnp.concatenate([steps.obs[T::T], envs.state.obs[None]])
+    obs = jnp.concatenate([unrolls.obs, ends.reshape(-1, 1, ends.shape[-1])], axis=1)
+    obs = normalize(agent.stats, obs)
+    return envs, steps, unrolls._replace(obs=obs, reward=args.reward_scale * unrolls.reward)
 
 
 # --- shared: advantages, evaluation ---
-def as_unrolls(args: "Args", stats: RunningStats, steps: Any, envs: Envs) -> Any:
-    """Steps (B / N * T, N, ...) that led to `envs`, as unrolls (B, T, ...) for the update."""
-
-    def cut(x):
-        x = x.reshape(-1, args.unroll_length, *x.shape[1:])
-        return x.swapaxes(1, 2).reshape(-1, args.unroll_length, *x.shape[3:])
-
-    # An unroll ends where the next one starts: in a new episode if the old one has ended there,
-    # but then nothing is bootstrapped from it.
-    starts = steps.obs[args.unroll_length :: args.unroll_length]
-    ends = jnp.concatenate([starts, envs.state.obs[None]]).reshape(-1, 1, starts.shape[-1])
-    unrolls = jax.tree.map(cut, steps)
-    obs = normalize(stats, jnp.concatenate([unrolls.obs, ends], axis=1))
-    return unrolls._replace(obs=obs, reward=args.reward_scale * unrolls.reward)
-
-
-def gae(args: "Args", reward: Array, terminated: Array, truncated: Array, value: Array) -> tuple:
-    """Critic targets and advantages (T, B) of unrolls with values (T + 1, B), as Brax has them.
+def gae(args: Args, batch: Any, value: Array) -> tuple[Array, Array]:
+    """Critic targets and advantages (B, T) of unrolls with values (B, T + 1), as Brax has them.
 
     A terminated step's target is its reward. A truncated step's is its value: it teaches nothing.
     """
-    discount = args.gamma * (1.0 - terminated)
-    keep = 1.0 - truncated
-    delta = keep * (reward + discount * value[1:] - value[:-1])
+    discount = args.gamma * (1.0 - batch.terminated)
+    keep = 1.0 - batch.truncated
+    delta = keep * (batch.reward + discount * value[:, 1:] - value[:, :-1])
     decay = keep * discount * args.gae_lambda
 
     # correction_t = delta_t + decay_t * correction_(t + 1): maps x -> delta + decay * x, composed.
     def compose(later, earlier):
-        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
+        (delta, decay), (later_delta, later_decay) = earlier, later
+        return delta + decay * later_delta, decay * later_decay
 
-    correction, _ = jax.lax.associative_scan(compose, (delta, decay), reverse=True)
-    target = value[:-1] + correction
-    next_target = jnp.concatenate([target[1:], value[-1:]])
-    return target, keep * (reward + discount * next_target - value[:-1])
+    correction, _ = jax.lax.associative_scan(compose, (delta, decay), reverse=True, axis=1)
+    target = value[:, :-1] + correction
+    # Brax's advantage: gae_lambda acts from the next step on.
+    next_target = jnp.concatenate([target[:, 1:], value[:, -1:]], axis=1)
+    return target, keep * (batch.reward + discount * next_target - value[:, :-1])
 
 
-def evaluate(
-    args: "Args", env: Any, agent: Any, key: Array, step: Any, deterministic: Any
-) -> Array:
-    """Undiscounted returns of `eval_envs` episodes, at a step of the training."""
-    reset_key, act_key = jax.random.split(jax.random.fold_in(key, step))
+def evaluate(args: Args, env: Any, agent: Any, key: Array, deterministic: Any) -> Array:
+    """Undiscounted returns of `eval_envs` episodes."""
+    reset_key, act_key = jax.random.split(key)
 
     def env_step(carry, key):
         envs, running = carry
@@ -386,12 +371,10 @@ def evaluate(
 def fpo_loss(params: dict, args: Args, agent: Agent, batch: Steps) -> tuple:
     """PPO's clipped surrogate with FPO's ratio, and the critic's error."""
     # Targets and advantages are those of the critic as it is now, in every minibatch.
-    value = agent.critic.apply_fn(params["critic"], batch.obs).squeeze(-1).T
-    data = batch.reward.T, batch.terminated.T, batch.truncated.T
-    target, advantage = gae(args, *data, jax.lax.stop_gradient(value))
-    error = target - value[:-1]
-    value_loss = jnp.square(error).mean()
-    advantage = ((advantage - advantage.mean()) / (advantage.std() + 1e-8)).T
+    value = agent.critic.apply_fn(params["critic"], batch.obs).squeeze(-1)
+    target, advantage = gae(args, batch, jax.lax.stop_gradient(value))
+    value_loss = jnp.square(target - value[:, :-1]).mean()
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
     pairs = batch.u, batch.tau, batch.noise
     new_loss = flow_loss(agent.actor, params["actor"], batch.obs[:, :-1], *pairs)
@@ -408,7 +391,6 @@ def fpo_loss(params: dict, args: Args, agent: Agent, batch: Steps) -> tuple:
 
     loss = policy_loss + args.vf_coef * value_loss
     metrics |= {"loss": loss, "policy_loss": policy_loss, "value_loss": value_loss}
-    metrics |= {"explained_variance": 1 - error.var() / target.var()}
     metrics |= {"approx_kl": (ratio - 1 - log_ratio).mean()}
     metrics |= {"clip_fraction": (ratio != clipped_ratio).mean()}
     return loss, metrics
@@ -443,14 +425,15 @@ def init_state(args: Args, env: Any, key: Array) -> State:
     """Untrained networks, and environments that have just been reset."""
     agent_key, reset_key, key = jax.random.split(key, 3)
     agent = init_agent(args, env, agent_key)
-    return State(agent, reset_envs(env, args.num_envs, reset_key), key)
+    state = State(agent, reset_envs(env, args.num_envs, reset_key), key)
+    # Weak types would be gone after the first iteration, and everything be compiled again.
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.result_type(x)), state)
 
 
 def iteration(args: Args, env: Any, state: State) -> tuple[State, dict]:
     """Rollout and PPO update of one seed, and metrics."""
     key, rollout_key, update_key = jax.random.split(state.key, 3)
-    envs, steps = rollout(args, env, state.agent, state.envs, rollout_key)
-    unrolls = as_unrolls(args, state.agent.stats, steps, envs)
+    envs, steps, unrolls = rollout(args, env, state.agent, state.envs, rollout_key)
     agent, metrics = update(args, state.agent, unrolls, update_key)
     # Not before: rollout and update see the same statistics, so that ratios start at 1.
     agent = agent._replace(stats=merge_stats(agent.stats, steps.obs))
@@ -459,9 +442,8 @@ def iteration(args: Args, env: Any, state: State) -> tuple[State, dict]:
     return State(agent, envs, key), metrics
 
 
-# === Files ========================================================================================
 # --- shared: files, seeds ---
-def log(args: "Args", run_dir: Path, table: str, **columns: Any) -> None:
+def log(args: Args, run_dir: Path, table: str, **columns: Any) -> None:
     """Appends a row a seed to RUN_DIR/<table>.csv; columns are numbers, or arrays (K,)."""
     with (run_dir / f"{table}.csv").open("a") as file:
         if file.tell() == 0:
@@ -470,12 +452,10 @@ def log(args: "Args", run_dir: Path, table: str, **columns: Any) -> None:
             row = {name: np.broadcast_to(x, args.num_seeds)[i] for name, x in columns.items()}
             print(args.seed + i, *row.values(), sep=",", file=file)
             if args.track:
-                import wandb
-
-                wandb.log({f"{table}/seed_{args.seed + i}": row})
+                import_module("wandb").log({f"{table}/seed_{args.seed + i}": row})
 
 
-def save_arrays(args: "Args", path: Path, tree: Any, **meta: Any) -> None:
+def save_arrays(args: Args, path: Path, tree: Any, **meta: Any) -> None:
     """A tree's leaves and `meta` in an .npz file, which has checksums; never half of it."""
     meta["run"] = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
     unfinished = path.with_name("unfinished.tmp")
@@ -486,28 +466,29 @@ def save_arrays(args: "Args", path: Path, tree: Any, **meta: Any) -> None:
     unfinished.replace(path)
 
 
-def load_arrays(args: "Args", path: Path, like: Any) -> tuple[Any, dict]:
+def load_arrays(args: Args, path: Path, like: Any) -> tuple[Any, dict]:
     """Tree and meta of a file; OSError unless it is this run's and has the shapes of `like`."""
     with np.load(path, allow_pickle=False) as file:
         meta = json.loads(str(file["meta"]))
         leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
     run = [Path(__file__).name, args.env_id, args.seed, args.num_seeds]
-    shapes = [x.shape for x in jax.tree.leaves(like)]
-    if meta["run"] != run or [x.shape for x in leaves] != shapes:
+    if meta["run"] != run or [x.shape for x in leaves] != [x.shape for x in jax.tree.leaves(like)]:
         raise OSError(f"{path} is of {meta['run']}, or has arrays of other sizes")
     return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
 
 
-def save_checkpoint(args: "Args", run_dir: Path, state: Any, **progress: Any) -> None:
+def save_checkpoint(args: Args, run_dir: Path, state: Any, done: int, stage: int, start: float):
     """All that the rest of a run depends on, and how long its logs are; the newest two are kept."""
     logs = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
-    path = run_dir / f"checkpoints/state_{progress['done']:09}_{progress['stage']:02}.npz"
-    save_arrays(args, path, state, logs=logs, **progress)
+    wall_time = time.time() - start
+    path = run_dir / f"checkpoints/state_{done:09}_{stage:02}.npz"
+    save_arrays(args, path, state, logs=logs, done=done, stage=stage, wall_time=wall_time)
     for old in sorted(path.parent.glob("state_*.npz"))[:-2]:
         old.unlink()
+    return time.time()
 
 
-def load_checkpoint(args: "Args", run_dir: Path, like: Any) -> tuple[Any, dict]:
+def load_checkpoint(args: Args, run_dir: Path, like: Any) -> tuple[Any, dict]:
     """State (None if there was none yet) and progress; the logs lose the rows that came later."""
     state = None
     progress = {"logs": {}, "done": 0, "stage": 0, "wall_time": 0.0}
@@ -519,9 +500,8 @@ def load_checkpoint(args: "Args", run_dir: Path, like: Any) -> tuple[Any, dict]:
         except Exception as error:  # zipfile, zlib and NumPy have exceptions of their own
             print(f"{path} is no good ({error}); trying the one before", file=sys.stderr)
             bad.append(path)
-    # The first checkpoint is older than the first row of train.csv.
-    lost = state is None and (bad or (run_dir / "train.csv").exists())
-    require(not lost, "resume", run_dir, "a run with a good checkpoint")
+    begun = (run_dir / "train.csv").exists()  # later than the first checkpoint
+    require(state is not None or not begun, args, "resume", "a run with a good checkpoint")
     for path in bad:
         path.replace(path.with_suffix(".bad"))
     for path in [run_dir / f"{table}.csv" for table in ("eval", "train", "decoder", "refine")]:
@@ -530,36 +510,27 @@ def load_checkpoint(args: "Args", run_dir: Path, like: Any) -> tuple[Any, dict]:
     return state, progress
 
 
-def make_run_dir(args: "Args", device: str) -> Path:
+def make_run_dir(args: Args, device: str) -> Path:
     """Creates RUNS_DIR/<env-id>__<exp-name>__<seed>__<unix time>/ with args.json in it."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    versions = {"script": Path(__file__).name, "git_commit": commit or None}
-    versions |= {"device": device, "python": sys.version.split()[0]}
-    versions |= {package.name: package.version for package in metadata.distributions()}
-    run_dir = Path(args.runs_dir) / name
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    versions = {package.name: package.version for package in metadata.distributions()}
+    versions |= {"script": Path(__file__).name, "git_commit": commit, "device": device}
+    stored = asdict(args) | {"versions": versions | {"python": sys.version.split()[0]}}
+    run_dir = Path(args.runs_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.0f}")
     try:
         (run_dir / "checkpoints").mkdir(parents=True)
-        stored = json.dumps(asdict(args) | {"versions": versions}, indent=1)
-        (run_dir / "args.json").write_text(stored)
+        (run_dir / "args.json").write_text(json.dumps(stored, indent=1))
     except OSError as error:
-        require(False, "runs_dir", f"{args.runs_dir} ({error})", "a folder to write to")
+        require(False, args, "runs_dir", f"a folder to write to ({error})")
     return run_dir
 
 
-def load_args(run_dir: str | Path) -> "Args":
+def load_args(run_dir: str | Path) -> Args:
     stored = json.loads((Path(run_dir) / "args.json").read_text())
     if stored.pop("versions")["script"] != Path(__file__).name:
         raise ValueError("it is another script's")
     return Args(**{k: tuple(x) if isinstance(x, list) else x for k, x in stored.items()})
-
-
-def load_agents(args: "Args", env: Any, path: str | Path) -> Any:
-    """All seeds' agents (K, ...), as far as acting needs them, from a policy file."""
-    init = jax.vmap(lambda key: policy_part(init_agent(args, env, key)))
-    keys = jax.ShapeDtypeStruct((args.num_seeds, 2), np.uint32)
-    return load_arrays(args, Path(path), like=jax.eval_shape(init, keys))[0]
 
 
 def load_policy(run_dir: str | Path, step: int | None = None, seed: int | None = None) -> Callable:
@@ -568,21 +539,21 @@ def load_policy(run_dir: str | Path, step: int | None = None, seed: int | None =
     Observations are raw, (..., obs_dim); the action is tanh(u). An error if there is no such one.
     """
     args = load_args(run_dir)
-    files = {int(p.stem[7:]): p for p in Path(run_dir).glob("checkpoints/policy_*.npz")}
-    agents = load_agents(args, make_env(args), files[max(files) if step is None else step])
-    seeds = range(args.seed, args.seed + args.num_seeds)
-    index = 0 if seed is None else seeds.index(seed)
+    env = make_env(args)
+    init = jax.vmap(lambda key: policy_part(init_agent(args, env, key)))
+    like = jax.eval_shape(init, jax.ShapeDtypeStruct((args.num_seeds, 2), np.uint32))
+    files = {int(x.stem.split("_")[1]): x for x in Path(run_dir).glob("checkpoints/policy_*.npz")}
+    agents, _ = load_arrays(args, files[max(files) if step is None else step], like)
+    index = 0 if seed is None else range(args.seed, args.seed + args.num_seeds).index(seed)
     agent = jax.tree.map(lambda x: x[index], agents)
-    return jax.jit(
-        lambda obs, key, deterministic=False: act(args, agent, obs, key, deterministic)[0]
-    )
+    policy = jax.jit(partial(act, args))
+    return lambda obs, key, deterministic=False: policy(agent, obs, key, deterministic)[0]
 
 
-def over_seeds(args: "Args", f: Callable, in_axes: tuple, **options: Any) -> Callable:
+def over_seeds(args: Args, f: Callable, in_axes: tuple, **options: Any) -> Callable:
     """Compiles f for all seeds: `vmap`, and on as many local devices as can share them evenly."""
-    counts = range(1, jax.local_device_count() + 1)
-    num_devices = max(count for count in counts if args.num_seeds % count == 0)
-    mesh = Mesh(np.array(jax.local_devices()[:num_devices]), ("seeds",))
+    num_devices = max(n for n in range(1, jax.local_device_count() + 1) if args.num_seeds % n == 0)
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:num_devices]), ("seeds",))
     specs = tuple(P() if axis is None else P("seeds") for axis in in_axes)
     mapped = jax.vmap(f, in_axes)
     mapped = jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=P("seeds"), check_vma=False)
@@ -595,8 +566,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
     """All iterations, from the newest checkpoint on."""
     init = over_seeds(args, partial(init_state, args, env), (0,))
     iterate = over_seeds(args, partial(iteration, args, env), (0,), donate_argnums=0)
-    evaluate_seeds = over_seeds(args, partial(evaluate, args, env), (0, 0, None, None))
-    on_devices = over_seeds(args, lambda state: state, (0,))  # arrays from files are on the host
+    evaluate_seeds = over_seeds(args, partial(evaluate, args, env), (0, 0, None))
     fold_in = jax.vmap(jax.random.fold_in, (0, None))
     keys = jax.vmap(jax.random.PRNGKey)(np.arange(args.num_seeds) + args.seed)
     init_keys, eval_keys = (fold_in(keys, purpose) for purpose in range(2))
@@ -607,40 +577,32 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
     start_time = time.time() - progress["wall_time"]
     save_time = time.time()
     last = args.policy_iterations[-1]
-    all_seeds = args.num_seeds * size  # steps of an iteration
-    counts = {"total": last * all_seeds, "initial": done * all_seeds}
-    bar = tqdm(**counts, desc="compiling", unit=" steps", unit_scale=True, file=sys.stdout)
+    bar = tqdm(total=last, initial=done, desc="compiling", file=sys.stdout)
     stop_signals = []  # SIGTERM, which schedulers send
     signal.signal(signal.SIGTERM, lambda number, frame: stop_signals.append(number))
 
     def log_returns():
-        r = np.asarray(evaluate_seeds(state.agent, eval_keys, done * size, True))  # (K, eval_envs)
+        r = jax.device_get(evaluate_seeds(state.agent, fold_in(eval_keys, done), True))
         row = {"return_mean": r.mean(1), "return_std": r.std(1), "return_min": r.min(1)}
         row |= {"return_max": r.max(1), "wall_time": time.time() - start_time}
         log(args, run_dir, "eval", step=done * size, stage=0, **row)
         bar.write(f"step {done * size:,}: return {r.mean(1).round(1)}")
         bar.set_postfix_str(f"return {r.mean():.1f}")
 
-    def save():
-        wall_time = time.time() - start_time
-        save_checkpoint(args, run_dir, state, done=done, stage=0, wall_time=wall_time)
-        return time.time()
-
     if state is None:
         state = init(init_keys)
         log_returns()
-        save_time = save()
-    else:
-        state = on_devices(state)
+        save_time = save_checkpoint(args, run_dir, state, done, 0, start_time)
+    state = over_seeds(args, lambda state: state, (0,))(state)  # files leave it on the host
     while done < last:
         start = time.time()
         state, metrics = iterate(state)
         metrics = jax.device_get(metrics)
-        sps = all_seeds / (time.time() - start)
+        sps = args.num_seeds * size / (time.time() - start)
         done += 1
         log(args, run_dir, "train", step=done * size, stage=0, sps=sps, **metrics)
-        bar.set_description("training")
-        bar.update(all_seeds)
+        bar.set_description(f"training, {sps:,.0f} steps/s")
+        bar.update()
         norms = metrics["grad_norm_actor"] + metrics["grad_norm_critic"]
         if not np.isfinite(metrics["loss"] + norms).all():
             raise FloatingPointError(f"iteration {done}: loss or gradient is not finite")
@@ -652,33 +614,29 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
             save_arrays(args, path, policy_part(state.agent))
         late = time.time() - save_time > 60 * args.checkpoint_minutes
         if done in args.policy_iterations or late or stop_signals:
-            save_time = save()
+            save_time = save_checkpoint(args, run_dir, state, done, 0, start_time)
         if stop_signals:
             raise SystemExit(128 + signal.SIGTERM)
     bar.close()
 
 
+# --- shared: command line ---
 def parse_args() -> Args:
     """The command line's arguments, over those of the preset or of the run that is resumed."""
-    args, _ = parse_common()
-    args.check()
-    return args
-
-
-# --- shared: command line ---
-def parse_common() -> tuple["Args", set[str]]:
     args = tyro.cli(Args)
-    given = {word.split("=")[0].replace("_", "-") for word in sys.argv[1:] if word[:2] == "--"}
-    default = replace(Args(preset=args.preset), **CPU_PRESET if args.preset == "cpu" else {})
+    default = replace(Args(preset=args.preset), **(CPU_PRESET if args.preset == "cpu" else {}))
     if args.resume is not None:
-        tracking = {"--track", "--no-track", "--wandb-project-name", "--wandb-entity"}
-        others = given - tracking - {"--resume"}
-        require(not others, "resume", " ".join(others), "only arguments of tracking beside it")
         try:
             default = replace(load_args(args.resume), resume=args.resume)
         except Exception as error:
-            require(False, "resume", f"{args.resume} ({error})", f"a run of {Path(__file__).name}")
-    return tyro.cli(Args, default=default), given
+            require(False, args, "resume", f"a run of {Path(__file__).name} ({error})")
+    args = tyro.cli(Args, default=default)
+    given = {word.split("=")[0].replace("_", "-") for word in sys.argv[1:] if word[:2] == "--"}
+    tracking = {"--track", "--no-track", "--wandb-project-name", "--wandb-entity"}
+    others = " ".join(given - tracking - {"--resume"})
+    alone = args.resume is None or not others
+    require(alone, args, "resume", f"only arguments of tracking beside it, not {others}")
+    return args.checked(given)
 
 
 def main() -> None:
@@ -693,15 +651,11 @@ def main() -> None:
     print(f"Run directory: {run_dir}\nWhatever stops it, go on with: {resume}", flush=True)
     if args.track:
         about = {"project": args.wandb_project_name, "entity": args.wandb_entity, "dir": run_dir}
+        about |= {"id": run_dir.name, "resume": "allow", "config": asdict(args)}
         try:
-            import wandb
-
-            run = wandb.init(id=run_dir.name, resume="allow", config=asdict(args), **about)
+            import_module("wandb").init(**about)
         except Exception as error:
-            takes = "the package wandb and a login (wandb login), or WANDB_MODE=offline"
-            require(False, "track", f"True ({error})", takes)
-        offline = f"offline; to upload: wandb sync {Path(run.dir).parent}"
-        print(f"W&B: {offline if run.offline else run.url}")
+            require(False, args, "track", f"wandb and a login, or WANDB_MODE=offline ({error})")
     try:
         train(args, env, run_dir)
     except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
@@ -710,8 +664,7 @@ def main() -> None:
         print(f"{sys.argv[0]}: {reason}; newest: {newest}; resume: {resume}", file=sys.stderr)
         raise SystemExit(1) from None
     print(f"Finished: {run_dir}\nCurve: python -m plotting.figure_4 --runs {run_dir}")
-    print(f"Film: python -m plotting.video {run_dir}")
-    print(f"More episodes: python -m plotting.evaluate {run_dir}")
+    print(f"Film: python -m plotting.video {run_dir}; or plotting.evaluate for more episodes")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ class Run:
         if samples == 0:
             return
         fresh = self.init(*first)  # an iteration takes its state's memory
-        given = (fresh.agent, self.keys, 0, True)
+        given = (fresh.agent, self.keys, True)
         evaluate = self.compile("evaluate", *given)
         self.calls["evaluate"] = lambda: evaluate(*given)
         self.fresh = fresh

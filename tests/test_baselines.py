@@ -33,8 +33,7 @@ def rolled_out(script, args, agent):
     @jax.jit
     def roll(agent):
         envs = script.reset_envs(env, args.num_envs, KEY)
-        end, steps = script.rollout(args, env, agent, envs, KEY)
-        return script.as_unrolls(args, agent.stats, steps, end)
+        return script.rollout(args, env, agent, envs, KEY)[2]
 
     return roll(agent)
 
@@ -93,10 +92,8 @@ def test_loss_is_its_terms(script, make_args):
     assert batch.terminated.any()
     assert batch.truncated.any()
     _, metrics = loss_of(script, args, agent, batch)
-    target, _, error = targets_and_advantages(args, agent, batch)
+    _, _, error = targets_and_advantages(args, agent, batch)
     np.testing.assert_allclose(metrics["value_loss"], np.square(error).mean(), rtol=1e-3)
-    explained = 1 - error.var() / target.var()
-    np.testing.assert_allclose(metrics["explained_variance"], explained, rtol=1e-3, atol=1e-4)
     want = metrics["policy_loss"] + 0.7 * metrics["value_loss"]
     if script is ppo:
         want -= 0.2 * metrics["entropy"]

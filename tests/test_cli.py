@@ -67,10 +67,11 @@ BAD_GORL = [
     ("kl-coef", "--kl-coef -1e-3"),
     ("decoder-epochs", "--decoder-epochs 0"),
     ("decoder-learning-rate", "--decoder-learning-rate nan"),
-    ("decoder-batch-size", "--decoder-batch-size 100000000"),
-    ("decoder-batch-size", "--decoder-buffer-size 100 --decoder-batch-size 101"),
+    ("decoder-batch-size", "--decoder-batch-size 0"),
+    ("decoder-buffer-size", "--decoder-buffer-size 0"),
     ("decoder-steps", "--decoder-steps 0"),
-    ("decoder-from", "--decoder-from no-such-file"),
+    ("stage-timesteps", "--stage-timesteps 60000000 0"),
+    ("total-timesteps", "--preset cpu --total-timesteps 1200000 --stage-timesteps 61440 61440"),
 ]
 BAD_OF = {
     "gorl_fm_ppo": BAD_GORL,

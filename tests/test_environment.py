@@ -124,11 +124,10 @@ def test_targets_and_advantages_around_terminal_states(make_args):
     env = Walled()
     args = make_args(num_envs=32, batch_size=32, num_minibatches=4, episode_length=9)
     state = start(args, env)
-    envs, steps = jax.jit(partial(gorl.rollout, args, env))(state.agent, state.envs, KEY)
-    unrolls = gorl.as_unrolls(args, state.agent.stats, steps, envs)
-    value = gorl.MLP((256,) * 5 + (1,)).apply(state.agent.critic.params, unrolls.obs)[..., 0].T
-    ends = unrolls.terminated.T, unrolls.truncated.T
-    got = gorl.gae(args, unrolls.reward.T, *ends, value)
+    rollout = jax.jit(partial(gorl.rollout, args, env))
+    envs, steps, unrolls = rollout(state.agent, state.envs, KEY)
+    value = gorl.MLP((256,) * 5 + (1,)).apply(state.agent.critic.params, unrolls.obs)[..., 0]
+    got = gorl.gae(args, unrolls, value)
 
     # From the positions and actions alone.
     x = np.float64(steps.obs[..., :2]) + 0.1 * np.tanh(np.float64(steps.u))
@@ -152,9 +151,9 @@ def test_targets_and_advantages_around_terminal_states(make_args):
         data = reward[now], terminated[now], truncated[now], all_values[begin : begin + 6]
         pieces.append(numpy_gae(*data, args.gamma, args.gae_lambda))
     for ours, *theirs in zip(got, *pieces, strict=True):
-        np.testing.assert_allclose(ours, np.concatenate(theirs, axis=1), rtol=1e-4, atol=1e-3)
-    target = np.asarray(got[0])
-    np.testing.assert_allclose(target[ends[0]], unrolls.reward.T[ends[0]], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(ours.T, np.concatenate(theirs, axis=1), rtol=1e-4, atol=1e-3)
+    ends = unrolls.terminated
+    np.testing.assert_allclose(got[0][ends], unrolls.reward[ends], rtol=1e-4, atol=1e-4)
 
 
 def test_evaluation_ends_at_a_terminal_state(make_args):
@@ -162,8 +161,8 @@ def test_evaluation_ends_at_a_terminal_state(make_args):
     env = Walled()
     args = make_args(eval_envs=32, episode_length=12)
     agent = pushing(args, env, mean=[1.0, -0.5])
-    got = jax.jit(partial(gorl.evaluate, args, env))(agent, KEY, 7, True)
-    reset_key, _ = jax.random.split(jax.random.fold_in(KEY, 7))
+    got = jax.jit(partial(gorl.evaluate, args, env))(agent, KEY, True)
+    reset_key, _ = jax.random.split(KEY)
     x = np.float64(gorl.reset_envs(env, 32, reset_key).state.data["x"])
     want = np.zeros(32)
     running = np.ones(32, bool)
@@ -183,8 +182,8 @@ def test_initial_states_differ(make_args, point_mass):
         """Of the first states of a stage, and of an evaluation, whose action is 0."""
         key = jax.random.PRNGKey(seed)
         state = gorl.init_state(args, point_mass, jax.random.fold_in(key, 0), index)
-        eval_key = jax.random.fold_in(key, 1)
-        returns = gorl.evaluate(args, point_mass, state.agent, eval_key, index, True)
+        eval_key = jax.random.fold_in(jax.random.fold_in(key, 1), index)
+        returns = gorl.evaluate(args, point_mass, state.agent, eval_key, True)
         return state.envs.state.reward, returns
 
     indices = jnp.arange(3)
@@ -240,8 +239,8 @@ def test_broken_physics_ends_an_evaluation_episode(make_args, point_mass, monkey
 
     monkeypatch.setattr(gorl, "reset_envs", reset)
     agent = pushing(args, point_mass, mean=[0.0, 0.0])
-    got = jax.jit(partial(gorl.evaluate, args, point_mass))(agent, KEY, 7, True)
-    reset_key, _ = jax.random.split(jax.random.fold_in(KEY, 7))
+    got = jax.jit(partial(gorl.evaluate, args, point_mass))(agent, KEY, True)
+    reset_key, _ = jax.random.split(KEY)
     x = np.float64(reset_envs(point_mass, 4, reset_key).state.data["x"])
     np.testing.assert_allclose(got, np.exp(-np.square(x).sum(-1)) * [20, 4, 20, 20], rtol=1e-5)
 
@@ -254,7 +253,7 @@ def test_rollout_records_what_happened(make_args, point_mass):
     args = make_args(batch_size=6, episode_length=7)
     state = start(args, point_mass)
     agent = state.agent
-    end, steps = jax.jit(partial(gorl.rollout, args, point_mass))(agent, state.envs, KEY)
+    end, steps, _ = jax.jit(partial(gorl.rollout, args, point_mass))(agent, state.envs, KEY)
     assert steps.obs.shape == (15, 4, 3)
     assert steps.u.shape == steps.latent.shape == (15, 4, 2)
     normed = gorl.normalize(agent.stats, steps.obs)
@@ -381,15 +380,14 @@ def cheetah(make_args):
     return args, rollout, (states.agent, states.envs, keys)
 
 
-def gradients(args, agents, steps, envs):
+def gradients(args, agents, unrolls):
     """The loss's gradients and metrics at each seed's own rollout."""
 
-    def of_seed(agent, steps, envs):
-        unrolls = gorl.as_unrolls(args, agent.stats, steps, envs)
+    def of_seed(agent, unrolls):
         params = {"encoder": agent.encoder.params, "critic": agent.critic.params}
         return jax.grad(gorl.ppo_loss, has_aux=True)(params, args, agent, unrolls, 1e-4)
 
-    return jax.jit(jax.vmap(of_seed))(agents, steps, envs)
+    return jax.jit(jax.vmap(of_seed))(agents, unrolls)
 
 
 @pytest.mark.parametrize("restarted", [True, False])
@@ -397,8 +395,8 @@ def test_ratio_starts_at_one(cheetah, restarted):
     """Otherwise PPO's first update already treats the rollout as another policy's."""
     args, rollout, (agents, envs, keys) = cheetah
     agents = agents if restarted else jax.vmap(trained)(agents, keys)
-    end, steps = rollout(agents, envs, keys)
-    _, metrics = gradients(args, agents, steps, end)
+    _, steps, unrolls = rollout(agents, envs, keys)
+    _, metrics = gradients(args, agents, unrolls)
     assert (metrics["clip_fraction"] == 0).all()  # at a clip range of 1e-4
     assert (np.abs(metrics["approx_kl"]) < 1e-6).all()
     if restarted:
@@ -413,14 +411,14 @@ def test_nan_in_the_real_physics(cheetah):
     """Otherwise a NaN in MuJoCo's state reaches the networks, or counts as a terminal state."""
     args, rollout, (agents, envs, keys) = cheetah
     data = envs.state.data.replace(qpos=envs.state.data.qpos.at[0, 3].set(jnp.nan))
-    end, steps = rollout(agents, envs._replace(state=envs.state.replace(data=data)), keys)
+    end, steps, unrolls = rollout(agents, envs._replace(state=envs.state.replace(data=data)), keys)
     assert steps.broken.sum((1, 2)).tolist() == [1, 0]
     assert steps.truncated[0, 0].tolist() == [i == 3 for i in range(8)]
     assert steps.reward[0, 0, 3] == 0
     assert not steps.terminated.any()
     np.testing.assert_array_equal(steps.obs[0, 1, 3], envs.first.obs[0, 3])
     assert is_finite((end.state.obs, steps))
-    assert is_finite(gradients(args, agents, steps, end))
+    assert is_finite(gradients(args, agents, unrolls))
 
 
 second = partial(jax.tree.map, lambda x: x[1:])
@@ -444,8 +442,8 @@ def test_a_seed_does_not_depend_on_its_neighbours(cheetah):
     alone = rollout(*second((agents, envs, keys)))
     assert alone[1].reward.shape == (1, 10, 8)
     close(second(both[1]), alone[1])
-    grads = gradients(args, agents, both[1], both[0])
-    close(second(grads), gradients(args, *second((agents, both[1], both[0]))))
+    grads = gradients(args, agents, both[2])
+    close(second(grads), gradients(args, *second((agents, both[2]))))
 
 
 def test_the_scripts_own_name_stands_first(make_args, capsys, monkeypatch):

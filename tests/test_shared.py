@@ -76,7 +76,7 @@ def test_shared_blocks(script):
         (ppo_gaussian, dppo, POLICY),
         (fpo, dppo, POLICY),
         (gorl_fm_ppo, gorl_diff_ppo, DECODERS),
-        (ppo_gaussian, gorl_fm_ppo, POLICY | STAGES | {"Agent", "parse_args"}),
+        (ppo_gaussian, gorl_fm_ppo, POLICY | STAGES | {"Agent"}),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
@@ -103,10 +103,10 @@ def test_differences_are_small(a, b, most):
 
 def test_readers_can_rely_on_the_size(script):
     """Otherwise scripts grow further while they are still too long."""
-    assert len(text(script).splitlines()) <= (865 if script in GORL else 735)
+    assert len(text(script).splitlines()) <= (810 if script in GORL else 690)
 
 
-@pytest.mark.xfail(strict=True, reason="the scripts are still 55 to 105 lines longer than wanted")
+@pytest.mark.xfail(strict=True, reason="the scripts are still 10 to 45 lines longer than wanted")
 def test_scripts_are_as_short_as_wanted(script):
     """Otherwise a script is no longer read in one go."""
     assert len(text(script).splitlines()) <= (760 if script in GORL else 640)
