@@ -101,6 +101,18 @@ def test_loss_is_its_terms(script, make_args):
     assert all(np.isfinite(x) for x in metrics.values())
 
 
+def without_critic(agent):
+    """Its values are 0 everywhere, at no cost."""
+
+    def zero(params, obs):
+        return params["value"] * jnp.zeros((*obs.shape[:-1], 1))
+
+    params = {"value": jnp.zeros(())}
+    opt_state = agent.critic.tx.init(params)
+    critic = agent.critic.replace(apply_fn=zero, params=params, opt_state=opt_state)
+    return agent._replace(critic=critic)
+
+
 # --- Gaussian PPO ---
 
 
@@ -149,14 +161,14 @@ def tanh_entropy(mean, std):
 def test_entropy_and_its_gradient(make_args, mean, std):
     """Otherwise the entropy bonus does not widen the distribution of actions, or only that of u."""
     args, agent = agent_of(ppo, make_args, sizes(OBS, 1), ent_coef=1.0, vf_coef=0.0)
-    critic = jax.tree.map(jnp.zeros_like, agent.critic.params)
+    agent = without_critic(agent)
     raw = np.log(np.expm1(std))
     size = 100_000
     u, zeros = jnp.zeros((size, 1, 1)), jnp.zeros((size, 1))  # advantages are all equal: 0
     log_prob = ppo.log_prob_of_action(u, jnp.float32(mean), jnp.float32(std))
     ends = [zeros > 1] * 3
     batch = ppo.Steps(jnp.zeros((size, 2, OBS)), u, log_prob, zeros, *ends)
-    params = {"actor": with_output(agent.actor.params, [mean, raw]), "critic": critic}
+    params = params_of(agent) | {"actor": with_output(agent.actor.params, [mean, raw])}
     grads, metrics = loss_of(ppo, args, agent, batch, params)
     np.testing.assert_allclose(metrics["entropy"], tanh_entropy(mean, std), atol=0.03)
     h = 1e-4
@@ -357,14 +369,10 @@ def one_step_batch(script, obs, sample, reward):
     return script.Steps(obs, *rows, yes, ~yes, ~yes)
 
 
-def without_critic(agent):
-    params = jax.tree.map(jnp.zeros_like, agent.critic.params)
-    return agent._replace(critic=agent.critic.replace(params=params))
-
-
 def test_denoising_gradient_is_the_gradient_of_the_reward(make_args):
     """Otherwise the steps' ratios do not add up to the policy gradient (in a one-step problem)."""
-    args, agent = agent_of(dppo, make_args, sizes(1, 1), denoising_std=0.3, vf_coef=0.0)
+    changes = {"denoising_steps": 4, "denoising_std": 0.3, "vf_coef": 0.0}
+    args, agent = agent_of(dppo, make_args, sizes(1, 1), **changes)
     agent = without_critic(agent)
     size = 100_000
     obs = jnp.ones((size, 1))
