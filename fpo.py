@@ -663,8 +663,9 @@ def main() -> None:
         reason = (str(error) or repr(error)).splitlines()[0]
         print(f"{sys.argv[0]}: {reason}; newest: {newest}; resume: {resume}", file=sys.stderr)
         raise SystemExit(1) from None
-    print(f"Finished: {run_dir}\nCurve: python -m plotting.figure_4 --runs {run_dir}")
-    print(f"Film: python -m plotting.video {run_dir}; or plotting.evaluate for more episodes")
+    print(f"Finished: {run_dir}\nTo draw, film and evaluate it:")
+    for tool in ("figure_4 --runs", "video", "evaluate"):
+        print(f"python -m plotting.{tool} {run_dir}")
 
 
 if __name__ == "__main__":
