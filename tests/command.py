@@ -50,6 +50,14 @@ def toy(script, *arguments):
     return [sys.executable, HERE / "toy.py", script.__name__, *arguments]
 
 
+def few_steps(script):
+    """Arguments for a sampler that compiles fast."""
+    names = {"fpo": "--flow-steps", "dppo": "--denoising-steps"}
+    if script.__name__ == "ppo_gaussian":
+        return []
+    return [names.get(script.__name__, "--decoder-steps"), "2"]
+
+
 def run(command, **environment):
     return Process(*command, **environment).finish()
 

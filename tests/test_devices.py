@@ -16,7 +16,8 @@ COMMON = (
     "--eval-envs 4 --episode-length 20 --eval-every 40"
 ).split()
 STAGES = (
-    "--stage-timesteps 80 40 --decoder-epochs 2 --decoder-buffer-size 40 --decoder-batch-size 16"
+    "--stage-timesteps 80 40 --decoder-epochs 2 --decoder-buffer-size 40 "
+    "--decoder-batch-size 16 --decoder-steps 2"
 ).split()
 
 

@@ -17,7 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command import HERE, TABLES, Process, one_line, run, same_run, size, states, table, toy
+from command import (
+    HERE,
+    TABLES,
+    Process,
+    few_steps,
+    one_line,
+    run,
+    same_run,
+    size,
+    states,
+    table,
+    toy,
+)
 from conftest import GORL, SCRIPTS, name_of
 from toy import PointMass
 
@@ -39,7 +51,8 @@ TWO = [gorl_fm_ppo, ppo_gaussian]  # other loops are those of one of these, by t
 
 def tiny(script, *arguments):
     """The command of a short run."""
-    return toy(script, *COMMON, *(STAGES if script in GORL else []), *arguments)
+    stages = STAGES if script in GORL else []
+    return toy(script, *COMMON, *stages, *few_steps(script), *arguments)
 
 
 @pytest.fixture(scope="module")

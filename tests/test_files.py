@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command import TABLES, policies, states, table
+from command import TABLES, few_steps, policies, states, table
 from conftest import GORL, SCRIPTS, name_of
 from toy import PointMass
 
@@ -159,9 +159,8 @@ def refused(capsys, script, *arguments):
 
 
 def tiny(script):
-    if script in GORL:
-        return [*COMMON, *STAGES, *DECODER]
-    return COMMON
+    stages = [*STAGES, *DECODER] if script in GORL else []
+    return [*COMMON, *stages, *few_steps(script)]
 
 
 @pytest.fixture(scope="module")
@@ -426,7 +425,7 @@ def test_a_decoder_to_start_from(runs, tmp_path):
     """Otherwise Figure 6 is of another stage's decoder, or of one that moves, or is not used."""
     gorl = gorl_fm_ppo
     run_dir, _ = runs(gorl)
-    one_stage = "--stage-timesteps", 80, *DECODER, "--runs-dir", tmp_path
+    one_stage = "--stage-timesteps", 80, *DECODER, *few_steps(gorl), "--runs-dir", tmp_path
     given = run_dir / "checkpoints/policy_200.npz"
     common = COMMON[: COMMON.index("--total-timesteps")]
     common += COMMON[COMMON.index("--eval-every") :]

@@ -22,8 +22,8 @@ HERE = Path(__file__).parent
 SCRIPT = HERE.parent / "benchmark/table_1.py"
 TINY = (
     "--preset cpu --num-envs 32 --batch-size 4 --num-minibatches 8 --unroll-length 10 "
-    "--update-epochs 16 --eval-every 2560 --eval-envs 4 --episode-length 50 --gamma 0.9 "
-    "--total-timesteps 9600"
+    "--update-epochs 16 --eval-every 1280 --eval-envs 4 --episode-length 50 --gamma 0.9 "
+    "--total-timesteps 3200"
 ).split()
 TWO = "--tasks FishSwim --methods ppo_gaussian fpo --num-seeds 2".split()
 
@@ -81,7 +81,7 @@ def test_cells_are_stopped_gone_on_with_and_skipped(tmp_path):
     assert "1 to go on, 1 to start" in done.out
     assert "python ppo_gaussian.py --resume runs/table_1/FishSwim/ppo_gaussian/" in done.out
     assert done.returncode == 0, done.err
-    want = {"1": 9600, "2": 9600}
+    want = {"1": 3200, "2": 3200}
     assert last_steps(tmp_path) == {"ppo_gaussian": want, "fpo": want}
     again = run(tmp_path, *TWO)
     assert again.returncode == 0 and again.out.splitlines()[-1] == "2 finished"
