@@ -80,7 +80,8 @@ def evaluate(
     args = replace(args, eval_envs=episodes)
     env = script.make_env(args)
     eval_key = jax.random.fold_in(jax.random.PRNGKey(env_seed), 1)
-    reset_key, act_key = jax.random.split(jax.random.fold_in(eval_key, step))
+    iterations = step // args.steps_per_iteration
+    reset_key, act_key = jax.random.split(jax.random.fold_in(eval_key, iterations))
     names = ("qpos", "qvel", "mocap_pos", "mocap_quat") if record else ()
 
     def env_step(carry: tuple, key: Any) -> tuple[tuple, tuple]:

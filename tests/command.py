@@ -19,11 +19,13 @@ class Process(subprocess.Popen):
     def __init__(self, *command, **environment):
         # Into files: a pipe that nobody reads would stop it once it is full.
         self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+        inherited = dict(os.environ)
+        inherited.pop("TF_CPP_MIN_LOG_LEVEL", None)  # scripts set it themselves
         super().__init__(
             [str(word) for word in command],
             stdout=self.files[0],
             stderr=self.files[1],
-            env=os.environ | environment,
+            env=inherited | environment,
         )
 
     def finish(self, timeout=1800):

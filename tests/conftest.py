@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # command.py takes it away from scripts
 # Read when JAX is imported, and by the scripts that tests start. Half the compilation time:
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "gorl" / "tests"))

@@ -4,9 +4,12 @@ python tests/toy.py gorl_fm_ppo --seed 1
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # as the scripts, which come after JAX here
 
 import jax
 import jax.numpy as jnp
