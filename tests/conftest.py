@@ -58,6 +58,10 @@ def make_args():
         if script in GORL:
             sizes |= {"stage_timesteps": (80, 80, 40, 40), "decoder_epochs": 2}
             sizes |= {"decoder_batch_size": 16, "decoder_buffer_size": 60}
+        samplers = {gorl_fm_ppo: "decoder_steps", gorl_diff_ppo: "decoder_steps"}
+        samplers |= {fpo: "flow_steps", dppo: "denoising_steps"}
+        if script in samplers:
+            sizes[samplers[script]] = 3  # half of what ten take to compile
         return replace(script.Args(), **sizes | changes)
 
     return make

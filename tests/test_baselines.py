@@ -233,7 +233,7 @@ def test_flow_loss_is_zero_at_the_start_of_sampling(make_args):
 @pytest.mark.parametrize("samples", [1, 8])
 def test_pairs_are_drawn_as_in_fpo(make_args, samples):
     """Otherwise losses are compared at times that the sampler never visits, or at too few pairs."""
-    _, _, _, u, tau, noise, loss = fpo_pairs(make_args, samples_per_action=samples)
+    _, _, _, u, tau, noise, loss = fpo_pairs(make_args, samples_per_action=samples, flow_steps=10)
     assert tau.shape == loss.shape == (4000, samples)
     assert noise.shape == (4000, samples, ACT)
     values, counts = np.unique(np.round(tau, 5), return_counts=True)

@@ -24,6 +24,12 @@ def gorl(request):
 
 
 @pytest.fixture
+def make_args(make_args):
+    """The paper's ten steps, which the numbers below are of."""
+    return partial(make_args, decoder_steps=10)
+
+
+@pytest.fixture
 def agent(gorl, make_args):
     return new_agent(gorl, make_args(gorl))
 

@@ -233,24 +233,24 @@ def test_evaluate_by_the_command_line(trained):
 
 
 @pytest.fixture
-def cheetah(tmp_path):
-    """A run on CheetahRun of which there is a policy, untrained."""
+def cartpole(tmp_path):
+    """A run on CartpoleBalance of which there is a policy, untrained."""
     args = ppo_gaussian.Args(
-        env_id="CheetahRun", episode_length=20, runs_dir=str(tmp_path / "runs")
+        env_id="CartpoleBalance", episode_length=20, runs_dir=str(tmp_path / "runs")
     )
     run = ppo_gaussian.make_run_dir(args, "none")
-    sizes = SimpleNamespace(observation_size=17, action_size=6)
+    sizes = SimpleNamespace(observation_size=5, action_size=1)
     agent = ppo_gaussian.init_agent(args, sizes, jax.random.PRNGKey(0))
     agents = jax.tree.map(lambda x: np.asarray(x)[None], ppo_gaussian.policy_part(agent))
     ppo_gaussian.save_arrays(args, run / "checkpoints/policy_1.npz", agents)
     return run
 
 
-def test_video_by_the_command_line(cheetah, tmp_path):
+def test_video_by_the_command_line(cartpole, tmp_path):
     """Otherwise there is no film, or none without a display, or a half one is left behind."""
     (tmp_path / "film").mkdir()
     film = tmp_path / "film/a.mp4"
-    done = module("video", cheetah, "--height", 48, "--width", 64, "--out", film)
+    done = module("video", cartpole, "--height", 48, "--width", 64, "--out", film)
     if done.returncode == 1:
         assert "cannot draw: no OpenGL without a display" in done.stderr
         pytest.skip("no EGL or OSMesa here")
@@ -266,13 +266,13 @@ def test_video_by_the_command_line(cheetah, tmp_path):
     assert [path.name for path in film.parent.iterdir()] == ["a.mp4"]
 
 
-def test_no_opengl_is_a_clear_message(cheetah):
+def test_no_opengl_is_a_clear_message(cartpole):
     """Otherwise a machine without EGL and OSMesa gives a traceback after the simulation."""
-    done = module("video", cheetah, MUJOCO_GL="glfw", DISPLAY="")
+    done = module("video", cartpole, MUJOCO_GL="glfw", DISPLAY="")
     says = "cannot draw: no OpenGL without a display (MUJOCO_GL=glfw tried)"
     assert done.returncode == 1 and says in done.stderr
     assert "Traceback" not in done.stderr
-    done = module("video", cheetah, "--width", 63)
+    done = module("video", cartpole, "--width", 63)
     assert done.returncode == 2 and "--width: got 63; takes an even number" in done.stderr
 
 
