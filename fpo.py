@@ -279,7 +279,7 @@ def flow_loss(actor: Network, params: Any, obs: Array, u: Array, tau: Array, noi
 
 
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = False) -> tuple:
-    """u (..., action_dim) at raw observations, its pairs tau, noise, and their loss; random."""
+    """u (..., action_dim) at raw observations, always random; its pairs tau, noise; their loss."""
     obs = normalize(agent.stats, obs)
     start_key, tau_key, noise_key = jax.random.split(key, 3)
     u_shape = (*obs.shape[:-1], *agent.actor.params["params"]["MLP_0"]["last"]["bias"].shape)
@@ -311,9 +311,9 @@ def rollout(args: Args, env: Any, agent: Agent, envs: Envs, key: Array) -> tuple
     T = args.unroll_length
 
     def step(envs, key):
-        sample = act(args, agent, envs.state.obs, key)
-        next_envs, *outcome = step_envs(args, env, envs, sample[0])
-        return next_envs, Steps(envs.state.obs, *sample, *outcome)
+        u, *pairs = act(args, agent, envs.state.obs, key)
+        next_envs, *outcome = step_envs(args, env, envs, u)
+        return next_envs, Steps(envs.state.obs, u, *pairs, *outcome)
 
     def as_unrolls(x):  # (S, N, ...) -> (S / T, N, T, ...) -> (B, T, ...)
         return x.reshape(-1, T, *x.shape[1:]).swapaxes(1, 2).reshape(-1, T, *x.shape[2:])
@@ -467,7 +467,7 @@ def save_arrays(args: Args, path: Path, tree: Any, **meta: Any) -> None:
 
 
 def load_arrays(args: Args, path: Path, like: Any) -> tuple[Any, dict]:
-    """Tree and meta of a file; OSError unless it is this run's and has the shapes of `like`."""
+    """Tree and meta of a file; an error unless it is this run's, with the shapes of `like`."""
     with np.load(path, allow_pickle=False) as file:
         meta = json.loads(str(file["meta"]))
         leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
@@ -500,7 +500,7 @@ def load_checkpoint(args: Args, run_dir: Path, like: Any) -> tuple[Any, dict]:
         except Exception as error:  # zipfile, zlib and NumPy have exceptions of their own
             print(f"{path} is no good ({error}); trying the one before", file=sys.stderr)
             bad.append(path)
-    begun = (run_dir / "train.csv").exists()  # later than the first checkpoint
+    begun = (run_dir / "train.csv").exists()  # written after the first checkpoint
     require(state is not None or not begun, args, "resume", "a run with a good checkpoint")
     for path in bad:
         path.replace(path.with_suffix(".bad"))
@@ -512,8 +512,8 @@ def load_checkpoint(args: Args, run_dir: Path, like: Any) -> tuple[Any, dict]:
 
 def make_run_dir(args: Args, device: str) -> Path:
     """Creates RUNS_DIR/<env-id>__<exp-name>__<seed>__<unix time>/ with args.json in it."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run("git describe --always --dirty", **how).stdout.strip() or None
     versions = {package.name: package.version for package in metadata.distributions()}
     versions |= {"script": Path(__file__).name, "git_commit": commit, "device": device}
     stored = asdict(args) | {"versions": versions | {"python": sys.version.split()[0]}}
@@ -607,7 +607,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         if not np.isfinite(metrics["loss"] + norms).all():
             raise FloatingPointError(f"iteration {done}: loss or gradient is not finite")
 
-        if done == last or done * size % args.eval_every < size:
+        if done == last or done * size % args.eval_every < size:  # past a multiple of it
             log_returns()
         if done in args.policy_iterations:
             path = run_dir / f"checkpoints/policy_{done * size}.npz"
@@ -615,8 +615,8 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         late = time.time() - save_time > 60 * args.checkpoint_minutes
         if done in args.policy_iterations or late or stop_signals:
             save_time = save_checkpoint(args, run_dir, state, done, 0, start_time)
-        if stop_signals:
-            raise SystemExit(128 + signal.SIGTERM)
+            if stop_signals:
+                raise SystemExit(128 + signal.SIGTERM)
     bar.close()
 
 

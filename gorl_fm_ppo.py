@@ -450,7 +450,7 @@ class State(NamedTuple):  # all that changes in the training of a seed
 
 
 def init_state(args: Args, env: Any, key: Array, stage: Any) -> State:
-    """Untrained networks, and environments that have just been reset."""
+    """Untrained networks and environments just reset, from other random numbers each stage."""
     agent_key, reset_key, key = jax.random.split(jax.random.fold_in(key, stage), 3)
     agent = init_agent(args, env, agent_key)
     envs = reset_envs(env, args.num_envs, reset_key)
@@ -533,7 +533,7 @@ def save_arrays(args: Args, path: Path, tree: Any, **meta: Any) -> None:
 
 
 def load_arrays(args: Args, path: Path, like: Any) -> tuple[Any, dict]:
-    """Tree and meta of a file; OSError unless it is this run's and has the shapes of `like`."""
+    """Tree and meta of a file; an error unless it is this run's, with the shapes of `like`."""
     with np.load(path, allow_pickle=False) as file:
         meta = json.loads(str(file["meta"]))
         leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
@@ -566,7 +566,7 @@ def load_checkpoint(args: Args, run_dir: Path, like: Any) -> tuple[Any, dict]:
         except Exception as error:  # zipfile, zlib and NumPy have exceptions of their own
             print(f"{path} is no good ({error}); trying the one before", file=sys.stderr)
             bad.append(path)
-    begun = (run_dir / "train.csv").exists()  # later than the first checkpoint
+    begun = (run_dir / "train.csv").exists()  # written after the first checkpoint
     require(state is not None or not begun, args, "resume", "a run with a good checkpoint")
     for path in bad:
         path.replace(path.with_suffix(".bad"))
@@ -578,8 +578,8 @@ def load_checkpoint(args: Args, run_dir: Path, like: Any) -> tuple[Any, dict]:
 
 def make_run_dir(args: Args, device: str) -> Path:
     """Creates RUNS_DIR/<env-id>__<exp-name>__<seed>__<unix time>/ with args.json in it."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run("git describe --always --dirty", **how).stdout.strip() or None
     versions = {package.name: package.version for package in metadata.distributions()}
     versions |= {"script": Path(__file__).name, "git_commit": commit, "device": device}
     stored = asdict(args) | {"versions": versions | {"python": sys.version.split()[0]}}
@@ -691,13 +691,13 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
                 raise FloatingPointError(f"iteration {done}: loss or gradient is not finite")
 
             stage_done = done == args.stage_ends[stage]
-            if stage_done or done * size % args.eval_every < size:
+            if stage_done or done * size % args.eval_every < size:  # past a multiple of it
                 log_returns(stage)
             late = time.time() - save_time > 60 * args.checkpoint_minutes
             if stage_done or late or stop_signals:
                 save_time = save_checkpoint(args, run_dir, state, done, stage, start_time)
-            if stop_signals:
-                raise SystemExit(128 + signal.SIGTERM)
+                if stop_signals:
+                    raise SystemExit(128 + signal.SIGTERM)
         path = run_dir / f"checkpoints/policy_{done * size}.npz"
         save_arrays(args, path, policy_part(state.agent))
         if stage == len(args.stage_timesteps) - 1:
@@ -722,7 +722,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         before = [returns(deterministic).mean(1) for deterministic in (False, True)]
         # The encoder restarts as exactly N(0, I) (section 3.2); critic and statistics carry on.
         agent = next_state.agent._replace(critic=state.agent.critic, stats=state.agent.stats)
-        stats = jax.tree.map(jnp.copy, agent.stats)  # `iterate` donates each buffer, once
+        stats = jax.tree.map(jnp.copy, agent.stats)  # `iterate` takes no buffer twice
         state = next_state._replace(agent=agent._replace(decoder=decoder, decoder_stats=stats))
         after = [returns(deterministic).mean(1) for deterministic in (False, True)]
         row = {"pairs": num_pairs, "reward_mean": np.asarray(pairs.reward.mean(axis=1))}
@@ -730,7 +730,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         row |= {"deterministic_before": before[1], "deterministic_after": after[1]}
         log(args, run_dir, "refine", step=done * size, stage=stage + 1, **row)
         save_time = save_checkpoint(args, run_dir, state, done, stage + 1, start_time)
-        del pairs, next_state  # a GB a seed each, at the paper's sizes
+        del pairs  # a GB a seed, at the paper's sizes
     bar.close()
 
 

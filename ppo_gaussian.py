@@ -445,7 +445,7 @@ def save_arrays(args: Args, path: Path, tree: Any, **meta: Any) -> None:
 
 
 def load_arrays(args: Args, path: Path, like: Any) -> tuple[Any, dict]:
-    """Tree and meta of a file; OSError unless it is this run's and has the shapes of `like`."""
+    """Tree and meta of a file; an error unless it is this run's, with the shapes of `like`."""
     with np.load(path, allow_pickle=False) as file:
         meta = json.loads(str(file["meta"]))
         leaves = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
@@ -478,7 +478,7 @@ def load_checkpoint(args: Args, run_dir: Path, like: Any) -> tuple[Any, dict]:
         except Exception as error:  # zipfile, zlib and NumPy have exceptions of their own
             print(f"{path} is no good ({error}); trying the one before", file=sys.stderr)
             bad.append(path)
-    begun = (run_dir / "train.csv").exists()  # later than the first checkpoint
+    begun = (run_dir / "train.csv").exists()  # written after the first checkpoint
     require(state is not None or not begun, args, "resume", "a run with a good checkpoint")
     for path in bad:
         path.replace(path.with_suffix(".bad"))
@@ -490,8 +490,8 @@ def load_checkpoint(args: Args, run_dir: Path, like: Any) -> tuple[Any, dict]:
 
 def make_run_dir(args: Args, device: str) -> Path:
     """Creates RUNS_DIR/<env-id>__<exp-name>__<seed>__<unix time>/ with args.json in it."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run("git describe --always --dirty", **how).stdout.strip() or None
     versions = {package.name: package.version for package in metadata.distributions()}
     versions |= {"script": Path(__file__).name, "git_commit": commit, "device": device}
     stored = asdict(args) | {"versions": versions | {"python": sys.version.split()[0]}}
@@ -585,7 +585,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         if not np.isfinite(metrics["loss"] + norms).all():
             raise FloatingPointError(f"iteration {done}: loss or gradient is not finite")
 
-        if done == last or done * size % args.eval_every < size:
+        if done == last or done * size % args.eval_every < size:  # past a multiple of it
             log_returns()
         if done in args.policy_iterations:
             path = run_dir / f"checkpoints/policy_{done * size}.npz"
@@ -593,8 +593,8 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         late = time.time() - save_time > 60 * args.checkpoint_minutes
         if done in args.policy_iterations or late or stop_signals:
             save_time = save_checkpoint(args, run_dir, state, done, 0, start_time)
-        if stop_signals:
-            raise SystemExit(128 + signal.SIGTERM)
+            if stop_signals:
+                raise SystemExit(128 + signal.SIGTERM)
     bar.close()
 
 

@@ -251,6 +251,15 @@ def test_arguments_of_a_run(script, runs):
     assert {"jax", "flax", "numpy", "device", "git_commit", "python"} <= set(versions)
 
 
+def test_a_machine_without_git(script, make_args, tmp_path, monkeypatch, capfd):
+    """Otherwise a container without it ends in a traceback."""
+    monkeypatch.setenv("PATH", "")
+    run_dir = script.make_run_dir(make_args(script, runs_dir=str(tmp_path)), "toy")
+    stored = json.loads((run_dir / "args.json").read_text())
+    assert stored["versions"]["git_commit"] is None
+    assert capfd.readouterr().err == ""
+
+
 def test_every_program_is_compiled_once(script, runs):
     """Otherwise each run pays for the physics' compilation twice."""
     _, programs = runs(script)
