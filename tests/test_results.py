@@ -232,6 +232,18 @@ def test_table_of_braxs_ppo():
         check(cells[6], [curve[max(curve)] for curve in curves])
 
 
+REWRITTEN = ("method", "first version", "rewritten")
+
+
+def test_table_of_the_rewritten_scripts():
+    """Otherwise a change of an algorithm hides behind numbers that no run has had."""
+    rows = tables(PAGE)[REWRITTEN]
+    assert len(rows) == 5
+    for method, *cells in rows:
+        for cell, folder in zip(cells, ("cpu_preset", "cpu_preset_rewritten"), strict=True):
+            check(cell, at(RESULTS / folder / STEMS[method]))
+
+
 NORMS = ("joint bound, clip range", "return at 0.4M steps")
 
 
