@@ -617,11 +617,17 @@ def load_policy(run_dir: str | Path, step: int | None = None, seed: int | None =
 
 
 def over_seeds(args: Args, f: Callable, in_axes: tuple, **options: Any) -> Callable:
-    """Compiles f for all seeds: `vmap`, and on as many local devices as can share them evenly."""
+    """Compiles f for all seeds, on as many local devices as can share them evenly."""
     num_devices = max(n for n in range(1, jax.local_device_count() + 1) if args.num_seeds % n == 0)
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:num_devices]), ("seeds",))
     specs = tuple(P() if axis is None else P("seeds") for axis in in_axes)
-    mapped = jax.vmap(f, in_axes)
+
+    def one_seed(*xs):  # without `vmap` a CPU is 7% faster
+        first = partial(jax.tree.map, lambda x: x[0])
+        xs = [x if axis is None else first(x) for x, axis in zip(xs, in_axes, strict=True)]
+        return jax.tree.map(lambda x: x[None], f(*xs))
+
+    mapped = one_seed if args.num_seeds == num_devices else jax.vmap(f, in_axes)
     mapped = jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=P("seeds"), check_vma=False)
     return jax.jit(mapped, **options)
 
