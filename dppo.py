@@ -8,7 +8,6 @@ Generative Policies" (2025). Equations and appendices cited below are the latter
 2. Each step draws from a Gaussian around the DDIM step, of small std: an MDP within the MDP.
 3. So each step has a likelihood and a ratio. All share the advantage of their environment step.
 4. From there on it is PPO: clipped ratios, advantages from a critic by GAE. No entropy bonus.
-5. 180M environment steps.
 
     python dppo.py --env-id HopperStand --seed 1
 
@@ -295,22 +294,18 @@ def denoising_log_prob(args: Args, actor: Network, params: Any, obs: Array, chai
 
 
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = False) -> tuple:
-    """u (..., action_dim) at raw observations, its chain, and log-densities of the chain's steps.
-
-    Evaluation adds no noise but a_D.
-    """
-    actor = agent.actor
+    """u (..., action_dim), its chain, its steps' log-densities; evaluation has no noise but a_D."""
     obs = normalize(agent.stats, obs)
-    u_shape = (*obs.shape[:-1], *actor.params["params"]["MLP_0"]["last"]["bias"].shape)
+    u_shape = (*obs.shape[:-1], *agent.actor.params["params"]["MLP_0"]["last"]["bias"].shape)
     start, *noise = jax.random.normal(key, (args.denoising_steps + 1, *u_shape))
     std = jnp.where(deterministic, 0.0, args.denoising_std)
     chain = [start]
     for t in range(args.denoising_steps, 0, -1):
-        mean = ddim_step(args, actor, actor.params, obs, chain[-1], t)
+        mean = ddim_step(args, agent.actor, agent.actor.params, obs, chain[-1], t)
         chain.append(mean + std * noise[t - 1])
     u, chain = chain[-1], jnp.stack(chain, axis=-2)
     # By the update's own arithmetic, so that ratios start at exactly 1.
-    return u, chain, denoising_log_prob(args, actor, actor.params, obs, chain)
+    return u, chain, denoising_log_prob(args, agent.actor, agent.actor.params, obs, chain)
 
 
 # === DPPO =========================================================================================

@@ -218,6 +218,18 @@ def test_sigterm_in_a_refinement(references, tmp_path):
     same_run(run_dir, references(gorl_fm_ppo))
 
 
+def test_one_seed_goes_on(tmp_path):
+    """Otherwise the README's own command, which runs without `vmap`, does not resume exactly."""
+    one = "--num-seeds", 1, "--runs-dir"
+    assert run(tiny(gorl_fm_ppo, *one, tmp_path / "whole")).returncode == 0
+    stopped("decoder", 3, gorl_fm_ppo, *one, tmp_path / "stopped")
+    (whole,) = (tmp_path / "whole").iterdir()
+    (run_dir,) = (tmp_path / "stopped").iterdir()
+    assert run(toy(gorl_fm_ppo, "--resume", run_dir)).returncode == 0
+    same_run(run_dir, whole)
+    assert {row["seed"] for row in table(run_dir, "train")} == {"1"}
+
+
 # --- disks and files ---
 def test_full_disk(references, tmp_path):
     """Otherwise a full disk ends in a traceback, or costs the checkpoints that were there."""
