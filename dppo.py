@@ -1,18 +1,19 @@
 """DPPO, diffusion policy policy optimisation, as a baseline of GoRL.
 
-Ren et al., "Diffusion Policy Policy Optimization" (2024), from scratch, in the PPO pipeline of
-Zhang et al., "GoRL: An Algorithm-Agnostic Framework for Online Reinforcement Learning with
-Generative Policies" (2025). Equations and appendices cited below are the latter's.
+Ren et al., "Diffusion Policy Policy Optimization" (2024), in the PPO pipeline of Zhang et al.,
+"GoRL: An Algorithm-Agnostic Framework for Online Reinforcement Learning with Generative Policies"
+(2025). Equations and appendices cited below are the latter's.
 
 1. The actor denoises: ten steps take a_10 from N(0, I) to u = a_0 of the action tanh(u).
-2. Each step draws from a Gaussian around the DDIM step, of small std: an MDP within the MDP.
-3. So each step has a likelihood and a ratio. All share the advantage of their environment step.
-4. From there on it is PPO: clipped ratios, advantages from a critic by GAE. No entropy bonus.
+2. Each step draws from a Gaussian, so that it has a likelihood: an MDP within the MDP.
+3. PPO on it: a clipped ratio a step, all with their environment step's advantage, by GAE.
+
+DPPO's authors have DDPM's steps and averaged log-probabilities, std 0.1, clip range 0.1. The GoRL
+paper has the sizes and rates, std 0.05, clip range 0.2. Ours: the v-form, training from scratch.
 
     python dppo.py --env-id HopperStand --seed 1
 
-Shapes: K seeds, N environments, S steps of each in an iteration, cut into B unrolls of T steps, and
-D denoising steps.
+Shapes: K seeds, N environments, S steps of each in an iteration, B unrolls of T, D denoising steps.
 """
 
 import json
@@ -80,7 +81,9 @@ class Args:
 
     # DPPO (App. E.3)
     denoising_steps: int = 10  # noise levels of the diffusion, and steps from noise to u
-    denoising_std: float = 0.05  # of the noise that each step adds
+    denoising_noise: Literal["ddpm", "ddim"] = "ddpm"  # a step's std: the posterior's, or 0, ...
+    denoising_std: float = 0.05  # ... and at least this: with ddpm it acts in the last step only
+    log_prob: Literal["mean", "sum"] = "mean"  # over action dimensions, bounded; or the plain sum
 
     @property
     def steps_per_iteration(self) -> int:
@@ -256,7 +259,7 @@ class Agent(NamedTuple):
 
 
 def init_agent(args: Args, env: Any, key: Array) -> Agent:
-    """The actor starts near N(0, 0.9^2) at any observation."""
+    """The actor starts near N(0, 0.8^2) at any observation."""
     keys = jax.random.split(key)
     obs, u, t = jnp.zeros(env.observation_size), jnp.zeros(env.action_size), jnp.zeros(())
     return Agent(
@@ -271,26 +274,29 @@ def policy_part(agent: Agent) -> Agent:
     return agent._replace(actor=agent.actor.replace(opt_state=None), critic=None)
 
 
-def noise_angles(steps: int) -> Array:
-    """phi_t for t = 0 .. D (Eq. 16): alpha_bar_t = cos^2(phi_t), the cosine schedule."""
-    x = (np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2
-    return jnp.float32(np.arccos(np.cos(x) / np.cos(x[0])))
-
-
-def ddim_step(args: Args, actor: Network, params: Any, obs: Array, a: Array, t: Array) -> Array:
-    """a_(t-1) of a_t (..., action_dim), t (...) in 1 .. D, without noise; obs normalised."""
-    phi = noise_angles(args.denoising_steps)
-    turn = jnp.broadcast_to(phi[t] - phi[t - 1], a.shape[:-1])[..., None]
+def denoising_step(args: Args, actor: Network, params: Any, obs: Array, a: Array, t: Any) -> tuple:
+    """Mean and std of a_(t-1) given a_t (..., action_dim), t (...) in 1 .. D; obs normalised."""
+    # Noise levels are angles: alpha_bar_t = cos^2(phi_t), on the cosine schedule (Eq. 16).
+    x = (np.arange(args.denoising_steps + 1) / args.denoising_steps + 0.008) / 1.008 * np.pi / 2
+    angles = np.arccos(np.cos(x) / np.cos(x[0]))
+    phi, next_phi = angles[t, None], angles[t - 1, None]
+    # Of the noise in a_t, DDPM's posterior (Ho et al., 2020, Eq. 7) keeps a part, DDIM all.
+    kept = np.tan(next_phi) / np.tan(phi) if args.denoising_noise == "ddpm" else np.ones_like(phi)
     v = actor.apply_fn(params, obs, a, t / args.denoising_steps)
-    return jnp.cos(turn) * a - jnp.sin(turn) * v  # a rotation
+    a_0 = np.cos(phi) * a - np.sin(phi) * v
+    noise = np.sin(phi) * a + np.cos(phi) * v
+    mean = np.cos(next_phi) * a_0 + np.sin(next_phi) * kept * noise
+    std = np.sin(next_phi) * np.sqrt(1 - kept**2)
+    return mean, np.maximum(std, args.denoising_std)
 
 
 def denoising_log_prob(args: Args, actor: Network, params: Any, obs: Array, chain: Array) -> Array:
     """Log-density (..., D) of each step of chains (..., D + 1, action_dim) from a_D to a_0."""
     a = chain[..., :-1, :]
     obs = jnp.broadcast_to(obs[..., None, :], (*a.shape[:-1], obs.shape[-1]))
-    mean = ddim_step(args, actor, params, obs, a, jnp.arange(args.denoising_steps, 0, -1))
-    return norm.logpdf(chain[..., 1:, :], mean, args.denoising_std).sum(-1)
+    mean, std = denoising_step(args, actor, params, obs, a, np.arange(args.denoising_steps, 0, -1))
+    log_prob = norm.logpdf(chain[..., 1:, :], mean, std)
+    return log_prob.sum(-1) if args.log_prob == "sum" else jnp.clip(log_prob, -5, 2).mean(-1)
 
 
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = False) -> tuple:
@@ -298,11 +304,10 @@ def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = F
     obs = normalize(agent.stats, obs)
     u_shape = (*obs.shape[:-1], *agent.actor.params["params"]["MLP_0"]["last"]["bias"].shape)
     start, *noise = jax.random.normal(key, (args.denoising_steps + 1, *u_shape))
-    std = jnp.where(deterministic, 0.0, args.denoising_std)
     chain = [start]
     for t in range(args.denoising_steps, 0, -1):
-        mean = ddim_step(args, agent.actor, agent.actor.params, obs, chain[-1], t)
-        chain.append(mean + std * noise[t - 1])
+        mean, std = denoising_step(args, agent.actor, agent.actor.params, obs, chain[-1], t)
+        chain.append(mean + jnp.where(deterministic, 0.0, std) * noise[t - 1])
     u, chain = chain[-1], jnp.stack(chain, axis=-2)
     # By the update's own arithmetic, so that ratios start at exactly 1.
     return u, chain, denoising_log_prob(args, agent.actor, agent.actor.params, obs, chain)
@@ -335,8 +340,7 @@ def rollout(args: Args, env: Any, agent: Agent, envs: Envs, key: Array) -> tuple
     keys = jax.random.split(key, args.steps_per_iteration // args.num_envs)
     envs, steps = jax.lax.scan(step, envs, keys)
     unrolls = jax.tree.map(as_unrolls, steps)
-    # Each unroll's last next observation is where the next unroll starts: in a new episode if the
-    # old one has ended there, but then nothing is bootstrapped from it.
+    # Each unroll is followed by the first observation of the next: unused if its episode has ended.
     ends = jnp.concatenate([steps.obs[T::T], envs.state.obs[None]])
     obs = jnp.concatenate([unrolls.obs, ends.reshape(-1, 1, ends.shape[-1])], axis=1)
     obs = normalize(agent.stats, obs)
@@ -399,10 +403,8 @@ def dppo_loss(params: dict, args: Args, agent: Agent, batch: Steps) -> tuple:
 
     loss = policy_loss + args.vf_coef * value_loss
     metrics = {"loss": loss, "policy_loss": policy_loss, "value_loss": value_loss}
-    metrics |= {"log_ratio_std": log_ratio.std()}
-    metrics |= {"approx_kl": (ratio - 1 - log_ratio).mean()}
-    metrics |= {"clip_fraction": (ratio != clipped_ratio).mean()}
-    return loss, metrics
+    metrics |= {"log_ratio_std": log_ratio.std(), "approx_kl": (ratio - 1 - log_ratio).mean()}
+    return loss, metrics | {"clip_fraction": (ratio != clipped_ratio).mean()}
 
 
 def update(args: Args, agent: Agent, unrolls: Steps, key: Array) -> tuple:
@@ -489,9 +491,8 @@ def load_arrays(args: Args, path: Path, like: Any) -> tuple[Any, dict]:
 def save_checkpoint(args: Args, run_dir: Path, state: Any, done: int, stage: int, start: float):
     """All that the rest of a run depends on, and how long its logs are; the newest two are kept."""
     logs = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
-    wall_time = time.time() - start
     path = run_dir / f"checkpoints/state_{done:09}_{stage:02}.npz"
-    save_arrays(args, path, state, logs=logs, done=done, stage=stage, wall_time=wall_time)
+    save_arrays(args, path, state, logs=logs, done=done, stage=stage, wall_time=time.time() - start)
     for old in sorted(path.parent.glob("state_*.npz"))[:-2]:
         old.unlink()
     return time.time()
@@ -651,8 +652,7 @@ def parse_args() -> Args:
     given = {word.split("=")[0].replace("_", "-") for word in sys.argv[1:] if word[:2] == "--"}
     tracking = {"--track", "--no-track", "--wandb-project-name", "--wandb-entity"}
     others = " ".join(given - tracking - {"--resume"})
-    alone = args.resume is None or not others
-    require(alone, args, "resume", f"only arguments of tracking beside it, not {others}")
+    require(args.resume is None or not others, args, "resume", f"a run, and no {others} beside it")
     return args.checked(given)
 
 

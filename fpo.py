@@ -8,7 +8,10 @@ McAllister et al., "Flow Matching Policy Gradients" (2025), in the PPO pipeline 
 2. With each u, 8 pairs (tau, noise) are drawn and kept, and the flow-matching loss of u at them.
 3. Likelihoods are intractable: exp(old loss - new loss) at the same pairs stands in for a ratio.
 4. From there on it is PPO: clipped ratio, advantages from a critic by GAE. No entropy bonus.
-5. 180M environment steps.
+
+Sizes, rates and ratio are FPO's authors', for Playground; the GoRL paper takes them over, but its
+code has a ratio a pair (--ratio per-pair). Ours: steps (they train for 60M), and statistics that
+keep their old variance and change after the update, so that ratios start at 1.
 
     python fpo.py --env-id HopperStand --seed 1
 
@@ -273,8 +276,9 @@ def flow_loss(actor: Network, params: Any, obs: Array, u: Array, tau: Array, noi
     sampling starts, that is 0 for any network: the sampler's first step is never trained.
     """
     obs = jnp.broadcast_to(obs[..., None, :], (*noise.shape[:-1], obs.shape[-1]))
-    x = (1 - tau[..., None]) * u[..., None, :] + tau[..., None] * noise
-    implied_noise = x + (1 - tau[..., None]) * actor.apply_fn(params, obs, x, tau)
+    weight = tau[..., None]  # of the noise
+    x = (1 - weight) * u[..., None, :] + weight * noise
+    implied_noise = x + (1 - weight) * actor.apply_fn(params, obs, x, tau)
     return jnp.square(noise - implied_noise).mean(-1)
 
 
@@ -285,11 +289,11 @@ def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = F
     u_shape = (*obs.shape[:-1], *agent.actor.params["params"]["MLP_0"]["last"]["bias"].shape)
     u = jax.random.normal(start_key, u_shape)
     taus = 1 - np.arange(args.flow_steps) / args.flow_steps  # where Euler steps start
-    for start in taus:
-        u = u - agent.actor.apply_fn(agent.actor.params, obs, u, start) / args.flow_steps
-    pairs = (*u.shape[:-1], args.samples_per_action)
-    tau = jax.random.choice(tau_key, taus, pairs)
-    noise = jax.random.normal(noise_key, (*pairs, u.shape[-1]))
+    for now in taus:
+        u = u - agent.actor.apply_fn(agent.actor.params, obs, u, now) / args.flow_steps
+    shape = (*u.shape[:-1], args.samples_per_action)
+    tau = jax.random.choice(tau_key, taus, shape)
+    noise = jax.random.normal(noise_key, (*shape, u.shape[-1]))
     return u, tau, noise, flow_loss(agent.actor, agent.actor.params, obs, u, tau, noise)
 
 
@@ -311,9 +315,9 @@ def rollout(args: Args, env: Any, agent: Agent, envs: Envs, key: Array) -> tuple
     T = args.unroll_length
 
     def step(envs, key):
-        u, *pairs = act(args, agent, envs.state.obs, key)
+        u, *drawn = act(args, agent, envs.state.obs, key)
         next_envs, *outcome = step_envs(args, env, envs, u)
-        return next_envs, Steps(envs.state.obs, u, *pairs, *outcome)
+        return next_envs, Steps(envs.state.obs, u, *drawn, *outcome)
 
     def as_unrolls(x):  # (S, N, ...) -> (S / T, N, T, ...) -> (B, T, ...)
         return x.reshape(-1, T, *x.shape[1:]).swapaxes(1, 2).reshape(-1, T, *x.shape[2:])
@@ -321,8 +325,7 @@ def rollout(args: Args, env: Any, agent: Agent, envs: Envs, key: Array) -> tuple
     keys = jax.random.split(key, args.steps_per_iteration // args.num_envs)
     envs, steps = jax.lax.scan(step, envs, keys)
     unrolls = jax.tree.map(as_unrolls, steps)
-    # Each unroll's last next observation is where the next unroll starts: in a new episode if the
-    # old one has ended there, but then nothing is bootstrapped from it.
+    # Each unroll is followed by the first observation of the next: unused if its episode has ended.
     ends = jnp.concatenate([steps.obs[T::T], envs.state.obs[None]])
     obs = jnp.concatenate([unrolls.obs, ends.reshape(-1, 1, ends.shape[-1])], axis=1)
     obs = normalize(agent.stats, obs)
@@ -376,8 +379,8 @@ def fpo_loss(params: dict, args: Args, agent: Agent, batch: Steps) -> tuple:
     value_loss = jnp.square(target - value[:, :-1]).mean()
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
-    pairs = batch.u, batch.tau, batch.noise
-    new_loss = flow_loss(agent.actor, params["actor"], batch.obs[:, :-1], *pairs)
+    given = batch.obs[:, :-1], batch.u, batch.tau, batch.noise
+    new_loss = flow_loss(agent.actor, params["actor"], *given)
     log_ratio = batch.flow_loss - new_loss  # (B, T, samples_per_action)
     metrics = {"flow_loss": new_loss.mean(), "log_ratio_std": log_ratio.std()}
     if args.ratio == "per-action":
@@ -480,9 +483,8 @@ def load_arrays(args: Args, path: Path, like: Any) -> tuple[Any, dict]:
 def save_checkpoint(args: Args, run_dir: Path, state: Any, done: int, stage: int, start: float):
     """All that the rest of a run depends on, and how long its logs are; the newest two are kept."""
     logs = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
-    wall_time = time.time() - start
     path = run_dir / f"checkpoints/state_{done:09}_{stage:02}.npz"
-    save_arrays(args, path, state, logs=logs, done=done, stage=stage, wall_time=wall_time)
+    save_arrays(args, path, state, logs=logs, done=done, stage=stage, wall_time=time.time() - start)
     for old in sorted(path.parent.glob("state_*.npz"))[:-2]:
         old.unlink()
     return time.time()
@@ -642,8 +644,7 @@ def parse_args() -> Args:
     given = {word.split("=")[0].replace("_", "-") for word in sys.argv[1:] if word[:2] == "--"}
     tracking = {"--track", "--no-track", "--wandb-project-name", "--wandb-entity"}
     others = " ".join(given - tracking - {"--resume"})
-    alone = args.resume is None or not others
-    require(alone, args, "resume", f"only arguments of tracking beside it, not {others}")
+    require(args.resume is None or not others, args, "resume", f"a run, and no {others} beside it")
     return args.checked(given)
 
 

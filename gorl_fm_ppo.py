@@ -340,8 +340,7 @@ def rollout(args: Args, env: Any, agent: Agent, envs: Envs, key: Array) -> tuple
     keys = jax.random.split(key, args.steps_per_iteration // args.num_envs)
     envs, steps = jax.lax.scan(step, envs, keys)
     unrolls = jax.tree.map(as_unrolls, steps)
-    # Each unroll's last next observation is where the next unroll starts: in a new episode if the
-    # old one has ended there, but then nothing is bootstrapped from it.
+    # Each unroll is followed by the first observation of the next: unused if its episode has ended.
     ends = jnp.concatenate([steps.obs[T::T], envs.state.obs[None]])
     obs = jnp.concatenate([unrolls.obs, ends.reshape(-1, 1, ends.shape[-1])], axis=1)
     obs = normalize(agent.stats, obs)
@@ -546,9 +545,8 @@ def load_arrays(args: Args, path: Path, like: Any) -> tuple[Any, dict]:
 def save_checkpoint(args: Args, run_dir: Path, state: Any, done: int, stage: int, start: float):
     """All that the rest of a run depends on, and how long its logs are; the newest two are kept."""
     logs = {path.name: path.stat().st_size for path in run_dir.glob("*.csv")}
-    wall_time = time.time() - start
     path = run_dir / f"checkpoints/state_{done:09}_{stage:02}.npz"
-    save_arrays(args, path, state, logs=logs, done=done, stage=stage, wall_time=wall_time)
+    save_arrays(args, path, state, logs=logs, done=done, stage=stage, wall_time=time.time() - start)
     for old in sorted(path.parent.glob("state_*.npz"))[:-2]:
         old.unlink()
     return time.time()
@@ -756,8 +754,7 @@ def parse_args() -> Args:
     given = {word.split("=")[0].replace("_", "-") for word in sys.argv[1:] if word[:2] == "--"}
     tracking = {"--track", "--no-track", "--wandb-project-name", "--wandb-entity"}
     others = " ".join(given - tracking - {"--resume"})
-    alone = args.resume is None or not others
-    require(alone, args, "resume", f"only arguments of tracking beside it, not {others}")
+    require(args.resume is None or not others, args, "resume", f"a run, and no {others} beside it")
     return args.checked(given)
 
 

@@ -314,39 +314,123 @@ def test_velocity_of_fpo(make_args):
 # --- DPPO ---
 
 
-def ddim_means(args, params, obs, chain):
-    """Means of a_(t-1), by DDIM in its usual form, from the noise and the a_0 that v implies."""
-    steps = args.denoising_steps
+def alpha_bars(steps):
+    """The cosine schedule's, (steps + 1,), in float64 (Nichol & Dhariwal, 2021)."""
     f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
-    keep = f / f[0]
-    means = []
-    for i, t in enumerate(range(steps, 0, -1)):
+    return f / f[0]
+
+
+def numpy_denoising(args, v_of, chain):
+    """Means and stds of a_(t-1) given the chain's a_t, from the noise and the a_0 that v implies.
+
+    By Ho et al. (2020), Eq. 7, for DDPM, and by Song et al. (2021), Eq. 12, for DDIM.
+    """
+    keep = alpha_bars(args.denoising_steps)
+    means, stds = [], []
+    for i, t in enumerate(range(args.denoising_steps, 0, -1)):
         a = np.float64(chain[..., i, :])
-        v = numpy_velocity(params, np.float64(obs), a, t / steps)
+        v = v_of(a, t)
         noise = np.sqrt(1 - keep[t]) * a + np.sqrt(keep[t]) * v
         a_0 = np.sqrt(keep[t]) * a - np.sqrt(1 - keep[t]) * v
-        means.append(np.sqrt(keep[t - 1]) * a_0 + np.sqrt(1 - keep[t - 1]) * noise)
-    return np.stack(means, axis=-2)
+        if args.denoising_noise == "ddpm":
+            beta = 1 - keep[t] / keep[t - 1]
+            from_a_0 = np.sqrt(keep[t - 1]) * beta / (1 - keep[t])
+            from_a = np.sqrt(1 - beta) * (1 - keep[t - 1]) / (1 - keep[t])
+            means.append(from_a_0 * a_0 + from_a * a)
+            std = np.sqrt((1 - keep[t - 1]) / (1 - keep[t]) * beta)
+        else:
+            means.append(np.sqrt(keep[t - 1]) * a_0 + np.sqrt(1 - keep[t - 1]) * noise)
+            std = 0
+        stds.append(max(std, args.denoising_std))
+    return np.stack(means, axis=-2), np.array(stds)[:, None]
 
 
-@pytest.mark.parametrize(("steps", "std"), [(10, 0.05), (4, 0.5)])
-def test_log_likelihood_of_every_denoising_step(make_args, steps, std):
+def denoising_of(args, agent, obs, chain):
+    """The same, with the agent's network at raw observations."""
+    params, obs = agent.actor.params, np.float64(dppo.normalize(agent.stats, obs))
+    steps = args.denoising_steps
+    return numpy_denoising(args, lambda a, t: numpy_velocity(params, obs, a, t / steps), chain)
+
+
+@pytest.mark.parametrize(
+    ("noise", "steps", "std", "log_prob"),
+    [("ddpm", 10, 0.05, "sum"), ("ddpm", 4, 0.5, "mean"), ("ddim", 10, 0.05, "mean")],
+)
+def test_log_likelihood_of_every_denoising_step(make_args, noise, steps, std, log_prob):
     """Otherwise PPO's ratios are not those of the policy that acted."""
-    args, agent = agent_of(dppo, make_args, denoising_steps=steps, denoising_std=std)
+    changes = {"denoising_steps": steps, "denoising_std": std, "denoising_noise": noise}
+    args, agent = agent_of(dppo, make_args, log_prob=log_prob, **changes)
     obs = jax.random.normal(KEY, (4000, OBS))
-    u, chain, log_prob = jax.jit(partial(dppo.act, args))(agent, obs, KEY)
+    u, chain, got = jax.jit(partial(dppo.act, args))(agent, obs, KEY)
     chain = np.float64(chain)
     assert chain.shape == (4000, steps + 1, ACT)
-    assert log_prob.shape == (4000, steps)
+    assert got.shape == (4000, steps)
     np.testing.assert_array_equal(chain[:, -1], u)
-    means = ddim_means(args, agent.actor.params, dppo.normalize(agent.stats, obs), chain)
-    want = stats.norm(means, std).logpdf(chain[:, 1:]).sum(-1)
-    np.testing.assert_allclose(log_prob, want, rtol=1e-3, atol=2e-3)
-    noise = (chain[:, 1:] - means) / std
-    for sample in (chain[:, 0], *noise.transpose(1, 0, 2)):
+    means, stds = denoising_of(args, agent, obs, chain)
+    want = stats.norm(means, stds).logpdf(chain[:, 1:])
+    if log_prob == "mean":  # bounded as DPPO's authors do it
+        assert std == 0.5 or (want > 2).mean() > 0.02
+        want = np.clip(want, -5, 2).mean(-1)
+    else:
+        want = want.sum(-1)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-3)
+    sampled = (chain[:, 1:] - means) / stds
+    sampled = np.concatenate([chain[:, :1], sampled], axis=1)  # a_D, and the noise of each step
+    for sample in sampled.transpose(1, 0, 2):
         assert stats.kstest(sample.ravel(), "norm").pvalue > 1e-4
-    correlation = np.corrcoef(noise.reshape(4000, -1).T) - np.eye(steps * ACT)
+    correlation = np.corrcoef(sampled.reshape(4000, -1).T) - np.eye((steps + 1) * ACT)
     assert np.abs(correlation).max() < 6 / np.sqrt(4000)
+
+
+@pytest.mark.parametrize("noise", ["ddpm", "ddim"])
+def test_dppo_samples_the_gaussian_that_its_predictor_knows(make_args, noise):
+    """Otherwise the chain is not the diffusion's: with many small steps it ends in the data."""
+    steps, mean, std = 150, 1.5, 0.4
+    changes = {"denoising_steps": steps, "denoising_std": 1e-3, "denoising_noise": noise}
+    args, agent = agent_of(dppo, make_args, **changes)
+    angles = np.arccos(np.sqrt(alpha_bars(steps)))
+
+    def exact(params, obs, a, t):
+        """E[v | a_t], data from N(mean, std^2)."""
+        phi = angles[round(float(t) * steps)]
+        rest = np.float64(a) - np.cos(phi) * mean
+        rest /= np.square(std * np.cos(phi)) + np.square(np.sin(phi))
+        a_0 = mean + std**2 * np.cos(phi) * rest
+        return jnp.float32(np.cos(phi) * np.sin(phi) * rest - np.sin(phi) * a_0)
+
+    agent = agent._replace(actor=agent.actor.replace(apply_fn=exact))
+    with pytest.MonkeyPatch.context() as patch:  # the likelihoods are another test's
+        patch.setattr(dppo, "denoising_log_prob", lambda *rest: None)
+        u, *_ = dppo.act(args, agent, jnp.zeros((20_000, OBS)), KEY)
+    assert abs(u.mean() - mean) < 0.01
+    assert abs(u.std() / std - 1) < 0.03  # 0.98 with 150 steps, 0.88 and less with ten
+
+
+def test_untrained_dppo_explores(make_args):
+    """Otherwise training starts from a policy that hardly tries anything."""
+    args = make_args(dppo, denoising_steps=10)
+    agent = dppo.init_agent(args, sizes(OBS, ACT), KEY)
+    u, *_ = jax.jit(partial(dppo.act, args))(agent, jnp.ones((20_000, OBS)), KEY)
+    assert abs(u.mean()) < 0.02
+    assert abs(u.std() - 0.826) < 0.01  # a_0 = cos(phi_t) a_t at each step, and its noise
+
+
+def test_dppo_clips_the_ratio_of_every_step(make_args):
+    """Otherwise an update goes further than PPO's, or a step has another step's advantage."""
+    args, agent = agent_of(dppo, make_args, Walled(), clip_eps=0.2, batch_size=32)
+    batch = rolled_out(dppo, args, agent)
+    log_ratio = np.random.default_rng(0).normal(0, 0.3, batch.log_prob.shape)
+    batch = batch._replace(log_prob=batch.log_prob - jnp.float32(log_ratio))
+    _, metrics = loss_of(dppo, args, agent, batch)
+    advantage, ratio = normalized_advantage(args, agent, batch)[..., None], np.exp(log_ratio)
+    want = {
+        "policy_loss": -np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage).mean(),
+        "approx_kl": (ratio - 1 - log_ratio).mean(),
+        "clip_fraction": (np.abs(ratio - 1) > 0.2).mean(),
+        "log_ratio_std": log_ratio.std(),
+    }
+    for name, value in want.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-3)
 
 
 def test_dppo_is_evaluated_with_the_start_noise_only(make_args):
@@ -354,7 +438,7 @@ def test_dppo_is_evaluated_with_the_start_noise_only(make_args):
     args, agent = agent_of(dppo, make_args)
     obs = jnp.ones((50, OBS))
     u, chain, _ = dppo.act(args, agent, obs, KEY, deterministic=True)
-    means = ddim_means(args, agent.actor.params, dppo.normalize(agent.stats, obs), chain)
+    means, _ = denoising_of(args, agent, obs, chain)
     np.testing.assert_allclose(chain[:, 1:], means, rtol=1e-4, atol=1e-4)
     assert len(set(np.asarray(u[:, 0]).tolist())) == 50
     other, *_ = dppo.act(args, agent, obs, jax.random.PRNGKey(1), deterministic=True)
@@ -371,7 +455,7 @@ def one_step_batch(script, obs, sample, reward):
 
 def test_denoising_gradient_is_the_gradient_of_the_reward(make_args):
     """Otherwise the steps' ratios do not add up to the policy gradient (in a one-step problem)."""
-    changes = {"denoising_steps": 4, "denoising_std": 0.3, "vf_coef": 0.0}
+    changes = {"denoising_steps": 4, "denoising_std": 0.3, "log_prob": "sum", "vf_coef": 0.0}
     args, agent = agent_of(dppo, make_args, sizes(1, 1), **changes)
     agent = without_critic(agent)
     size = 100_000

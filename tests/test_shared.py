@@ -106,7 +106,7 @@ def test_readers_can_rely_on_the_size(script):
     assert len(text(script).splitlines()) <= (810 if script in GORL else 690)
 
 
-@pytest.mark.xfail(strict=True, reason="the scripts are still 15 to 55 lines longer than wanted")
+@pytest.mark.xfail(strict=True, reason="the scripts are still 16 to 50 lines longer than wanted")
 def test_scripts_are_as_short_as_wanted(script):
     """Otherwise a script is no longer read in one go."""
     assert len(text(script).splitlines()) <= (760 if script in GORL else 640)
