@@ -107,6 +107,13 @@ RETURNS = ("task", "method", "ours", "the paper", "ours - paper", "our seeds x s
 FOLDERS = {"CheetahRun": "cpu_preset", "FingerSpin": "finger_spin_3m"}  # of the tables in README.md
 
 
+def table_folder(task, method):
+    """The run of a row of README.md's tables. DPPO's chain on CheetahRun is a later one."""
+    if (task, method) == ("CheetahRun", "DPPO"):
+        return RESULTS / "cpu_preset_dppo" / "default"
+    return RESULTS / FOLDERS[task] / STEMS[method]
+
+
 def test_tables_of_returns():
     """Otherwise the README claims returns that no run has had, or marks the wrong method as the
     best.
@@ -114,7 +121,7 @@ def test_tables_of_returns():
     rows = tables(README)[RETURNS]
     assert {row[0] for row in rows} == set(FOLDERS) and len(rows) == 5 * len(FOLDERS)
     for task, method, ours, paper, difference, size in rows:
-        returns = at(folder := RESULTS / FOLDERS[task] / STEMS[method])
+        returns = at(folder := table_folder(task, method))
         check(ours, [returns.mean(), returns.std(ddof=1)])
         check(paper, TABLE_1[STEMS[method]][TASKS.index(task)])
         check(difference, [returns.mean() - TABLE_1[STEMS[method]][TASKS.index(task)][0]])
@@ -259,6 +266,61 @@ def test_table_of_gradient_norms():
     )
     for (_, returns), folder in zip(rows, folders, strict=True):
         check(returns, at(RESULTS / folder, 399_360))
+
+
+SETTINGS = ("changed", "return at 0.2M steps", "return at 0.4M steps", "folder")
+LONGER = ("log-probabilities", "last return, seeds 1 to 5", "mean ± std", "mean over evaluations")
+NOISE = ("log-probabilities", "start noise only", "the authors'", "as in training")
+
+
+def test_tables_of_baseline_settings():
+    """Otherwise a baseline's defaults rest on numbers that no run has had."""
+    rows = tables(PAGE)[SETTINGS]
+    assert len(rows) == 17
+    for _, *cells, folder in rows:
+        for cell, step in zip(cells, (215_040, 414_720), strict=True):
+            check(cell, at(RESULTS / folder.strip("`/"), step))
+    for (name, last, spread, area), of in zip(
+        tables(PAGE)[LONGER], ("default", "sum"), strict=True
+    ):
+        run = RESULTS / "cpu_preset_dppo" / of
+        assert json.loads((run / "args.json").read_text())["log_prob"] in name
+        returns = at(run)
+        check(last, returns)
+        check(spread, [returns.mean(), returns.std(ddof=1)])
+        check(area, [np.mean([list(curve.values()) for curve in evaluations(run).values()])])
+    modes = json.loads((RESULTS / "dppo_settings/evaluation_modes.json").read_text())["returns"]
+    rows = tables(PAGE)[NOISE]
+    assert len(rows) == len(modes)
+    for (_, *cells), mode in zip(rows, modes, strict=True):
+        for cell, name in zip(cells, NOISE[1:], strict=True):
+            check(cell, mode[name])
+
+
+COLLAPSE = ("", "1M", "2M", "3M", "4M", "5M", "6M")
+
+
+def test_table_of_fpo_on_finger_spin():
+    """Otherwise a statement on FPO's collapse rests on numbers that no run has had."""
+    run = RESULTS / "finger_spin_6m" / "fpo"
+    with (run / "train.csv").open() as file:
+        train = [*csv.DictReader(file)]
+    names = {"return": None, "ratio": "log_ratio_std", "clipped": "clip_fraction", "u": "u_std"}
+    rows = tables(PAGE)[COLLAPSE]
+    assert len(rows) == 2 * len(names)
+    for name, *cells in rows:
+        seed, column = int(numbers(name)[-1]), names[name.split()[0]]
+        for million, cell in enumerate(cells, start=1):
+            if column is None:
+                curve = evaluations(run)[seed]
+                check(cell, [curve[min(curve, key=lambda step: abs(step - million * 1e6))]])
+            else:  # the mean over that million of steps
+                part = [
+                    float(row[column])
+                    for row in train
+                    if int(row["seed"]) == seed and million - 1 < int(row["step"]) / 1e6 <= million
+                ]
+                check(cell, [np.mean(part)])
 
 
 WARM = ("", "lower quartile", "median", "upper quartile")
@@ -417,4 +479,5 @@ def test_no_table_is_forgotten():
     versions = {header for header in tables(README) if "JAX 0.10.2" in "".join(header)}
     assert set(tables(README)) == checked | words | versions
     checked = {PAGE_HEADER, PACKED, BRAX, NORMS, WARM, STAGES, DISCOUNTS, RECENT, REWRITTEN}
+    checked |= {SETTINGS, LONGER, NOISE, COLLAPSE}
     assert set(tables(PAGE)) == checked | {("the paper", "seen at this size")}
