@@ -8,8 +8,8 @@ Ren et al., "Diffusion Policy Policy Optimization" (2024), in the PPO pipeline o
 2. Each step draws from a Gaussian, so that it has a likelihood: an MDP within the MDP.
 3. PPO on it: a clipped ratio a step, all with their environment step's advantage, by GAE.
 
-DPPO's authors have DDPM's steps and averaged log-probabilities, std 0.1, clip range 0.1. The GoRL
-paper has the sizes and rates, std 0.05, clip range 0.2. Ours: the v-form, training from scratch.
+Its authors': DDPM's steps, bounded and averaged log-probabilities (and 0.1 for clip range and std).
+The GoRL paper's: sizes, rates, clip range, std. Ours: the v-form, evaluation without step noise.
 
     python dppo.py --env-id HopperStand --seed 1
 
@@ -81,9 +81,9 @@ class Args:
 
     # DPPO (App. E.3)
     denoising_steps: int = 10  # noise levels of the diffusion, and steps from noise to u
-    denoising_noise: Literal["ddpm", "ddim"] = "ddpm"  # a step's std: the posterior's, or 0, ...
-    denoising_std: float = 0.05  # ... and at least this: with ddpm it acts in the last step only
-    log_prob: Literal["mean", "sum"] = "mean"  # over action dimensions, bounded; or the plain sum
+    denoising_noise: Literal["ddpm", "ddim"] = "ddpm"  # a step's own std: the posterior's, or 0
+    denoising_std: float = 0.05  # least std of a step; with ddpm it acts in the last step only
+    log_prob: Literal["mean", "sum"] = "mean"  # over dimensions, each in [-5, 2]; or sum
 
     @property
     def steps_per_iteration(self) -> int:
@@ -242,7 +242,7 @@ class Denoiser(nn.Module):
     """v(a_t, t; s) of the diffusion: obs normalised, a (..., action_dim), t (...) in [0, 1].
 
     With a_t = cos(phi) a_0 + sin(phi) noise, v = da / dphi = cos(phi) noise - sin(phi) a_0
-    (Salimans & Ho, 2022). From the noise itself, the first step would divide by cos(phi_D) = 0.
+    (Salimans & Ho, 2022). A network for the noise would have step D divide by cos(phi_D) = 0.
     """
 
     @nn.compact
@@ -259,7 +259,7 @@ class Agent(NamedTuple):
 
 
 def init_agent(args: Args, env: Any, key: Array) -> Agent:
-    """The actor starts near N(0, 0.8^2) at any observation."""
+    """The actor starts near N(0, 0.8^2) at any observation, without step noise near 0."""
     keys = jax.random.split(key)
     obs, u, t = jnp.zeros(env.observation_size), jnp.zeros(env.action_size), jnp.zeros(())
     return Agent(
@@ -276,7 +276,7 @@ def policy_part(agent: Agent) -> Agent:
 
 def denoising_step(args: Args, actor: Network, params: Any, obs: Array, a: Array, t: Any) -> tuple:
     """Mean and std of a_(t-1) given a_t (..., action_dim), t (...) in 1 .. D; obs normalised."""
-    # Noise levels are angles: alpha_bar_t = cos^2(phi_t), on the cosine schedule (Eq. 16).
+    # Noise levels are angles: alpha_bar_t = cos^2(phi_t) (Eq. 16), on the cosine schedule.
     x = (np.arange(args.denoising_steps + 1) / args.denoising_steps + 0.008) / 1.008 * np.pi / 2
     angles = np.arccos(np.cos(x) / np.cos(x[0]))
     phi, next_phi = angles[t, None], angles[t - 1, None]
@@ -300,7 +300,7 @@ def denoising_log_prob(args: Args, actor: Network, params: Any, obs: Array, chai
 
 
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = False) -> tuple:
-    """u (..., action_dim), its chain, its steps' log-densities; evaluation has no noise but a_D."""
+    """u (..., action_dim), its chain, its log-densities; if deterministic, only a_D is random."""
     obs = normalize(agent.stats, obs)
     u_shape = (*obs.shape[:-1], *agent.actor.params["params"]["MLP_0"]["last"]["bias"].shape)
     start, *noise = jax.random.normal(key, (args.denoising_steps + 1, *u_shape))

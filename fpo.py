@@ -9,9 +9,9 @@ McAllister et al., "Flow Matching Policy Gradients" (2025), in the PPO pipeline 
 3. Likelihoods are intractable: exp(old loss - new loss) at the same pairs stands in for a ratio.
 4. From there on it is PPO: clipped ratio, advantages from a critic by GAE. No entropy bonus.
 
-Sizes, rates and ratio are FPO's authors', for Playground; the GoRL paper takes them over, but its
-code has a ratio a pair (--ratio per-pair). Ours: steps (they train for 60M), and statistics that
-keep their old variance and change after the update, so that ratios start at 1.
+Sizes, rates and ratio are FPO's authors', for Playground. The GoRL paper takes them over, for 180M
+steps instead of 60M; its code has a ratio a pair (--ratio per-pair). Ours: statistics that keep
+their old variance and change after the update, so that ratios start at 1; normalised obs clipped.
 
     python fpo.py --env-id HopperStand --seed 1
 

@@ -4,12 +4,12 @@
     python benchmark/authors_fpo.py --checkout ../fpo --runs-dir results/authors_fpo_cheetah_run
 
 Their code needs Python 3.12. It is imported, not changed: policy, loss, optimiser, statistics and
-rollouts are theirs, at their own defaults but for the sizes below, and so is the evaluation. Here
-it comes after an update, as ours does, theirs comes before. `--ratio per-pair` is a switch of
+rollouts are theirs, at their own defaults but for the sizes below, and so is the evaluation. It
+comes after the update, as ours does; in their script, before it. `--ratio per-pair` is a switch of
 theirs, and what the public GoRL code changes.
 
 A run writes `<runs-dir>/seed_<seed>/eval.csv` with the columns of the scripts, `train.csv` with
-some of their metrics, and `args.json`.
+some of their metrics (means over minibatches), and `args.json`.
 """
 
 import json
@@ -27,7 +27,7 @@ import tyro
 from mujoco_playground import dm_control_suite
 
 EVAL = "seed,step,stage,return_mean,return_std,return_min,return_max,wall_time"
-METRICS = ("clipped_ratio_mean", "policy_ratio_min", "policy_ratio_max", "v_loss")
+METRICS = ("clipped_ratio_mean", "policy_ratio_mean", "policy_loss", "v_loss")
 
 
 @dataclass(frozen=True)
