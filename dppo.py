@@ -8,8 +8,9 @@ Ren et al., "Diffusion Policy Policy Optimization" (2024), in the PPO pipeline o
 2. Each step draws from a Gaussian, so that it has a likelihood: an MDP within the MDP.
 3. PPO on it: a clipped ratio a step, all with their environment step's advantage, by GAE.
 
-Its authors': DDPM's steps, bounded and averaged log-probabilities (and 0.1 for clip range and std).
-The GoRL paper's: sizes, rates, clip range, std. Ours: the v-form, evaluation without step noise.
+The chain is DPPO's authors', who average log-probabilities over dimensions, and have 0.1 for clip
+range and std. Sizes, rates, clip range and std are the GoRL paper's. Ours: the v-form, evaluation
+without step noise.
 
     python dppo.py --env-id HopperStand --seed 1
 
@@ -83,7 +84,6 @@ class Args:
     denoising_steps: int = 10  # noise levels of the diffusion, and steps from noise to u
     denoising_noise: Literal["ddpm", "ddim"] = "ddpm"  # a step's own std: the posterior's, or 0
     denoising_std: float = 0.05  # least std of a step; with ddpm it acts in the last step only
-    log_prob: Literal["mean", "sum"] = "mean"  # over dimensions, each in [-5, 2]; or sum
 
     @property
     def steps_per_iteration(self) -> int:
@@ -295,8 +295,7 @@ def denoising_log_prob(args: Args, actor: Network, params: Any, obs: Array, chai
     a = chain[..., :-1, :]
     obs = jnp.broadcast_to(obs[..., None, :], (*a.shape[:-1], obs.shape[-1]))
     mean, std = denoising_step(args, actor, params, obs, a, np.arange(args.denoising_steps, 0, -1))
-    log_prob = norm.logpdf(chain[..., 1:, :], mean, std)
-    return log_prob.sum(-1) if args.log_prob == "sum" else jnp.clip(log_prob, -5, 2).mean(-1)
+    return norm.logpdf(chain[..., 1:, :], mean, std).sum(-1)
 
 
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = False) -> tuple:

@@ -353,27 +353,21 @@ def denoising_of(args, agent, obs, chain):
 
 
 @pytest.mark.parametrize(
-    ("noise", "steps", "std", "log_prob"),
-    [("ddpm", 10, 0.05, "sum"), ("ddpm", 4, 0.5, "mean"), ("ddim", 10, 0.05, "mean")],
+    ("noise", "steps", "std"), [("ddpm", 10, 0.05), ("ddpm", 4, 0.5), ("ddim", 10, 0.05)]
 )
-def test_log_likelihood_of_every_denoising_step(make_args, noise, steps, std, log_prob):
+def test_log_likelihood_of_every_denoising_step(make_args, noise, steps, std):
     """Otherwise PPO's ratios are not those of the policy that acted."""
     changes = {"denoising_steps": steps, "denoising_std": std, "denoising_noise": noise}
-    args, agent = agent_of(dppo, make_args, log_prob=log_prob, **changes)
+    args, agent = agent_of(dppo, make_args, **changes)
     obs = jax.random.normal(KEY, (4000, OBS))
-    u, chain, got = jax.jit(partial(dppo.act, args))(agent, obs, KEY)
+    u, chain, log_prob = jax.jit(partial(dppo.act, args))(agent, obs, KEY)
     chain = np.float64(chain)
     assert chain.shape == (4000, steps + 1, ACT)
-    assert got.shape == (4000, steps)
+    assert log_prob.shape == (4000, steps)
     np.testing.assert_array_equal(chain[:, -1], u)
     means, stds = denoising_of(args, agent, obs, chain)
-    want = stats.norm(means, stds).logpdf(chain[:, 1:])
-    if log_prob == "mean":  # bounded as DPPO's authors do it
-        assert std == 0.5 or (want > 2).mean() > 0.02
-        want = np.clip(want, -5, 2).mean(-1)
-    else:
-        want = want.sum(-1)
-    np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-3)
+    want = stats.norm(means, stds).logpdf(chain[:, 1:]).sum(-1)
+    np.testing.assert_allclose(log_prob, want, rtol=1e-3, atol=2e-3)
     sampled = (chain[:, 1:] - means) / stds
     sampled = np.concatenate([chain[:, :1], sampled], axis=1)  # a_D, and the noise of each step
     for sample in sampled.transpose(1, 0, 2):
@@ -455,7 +449,7 @@ def one_step_batch(script, obs, sample, reward):
 
 def test_denoising_gradient_is_the_gradient_of_the_reward(make_args):
     """Otherwise the steps' ratios do not add up to the policy gradient (in a one-step problem)."""
-    changes = {"denoising_steps": 4, "denoising_std": 0.3, "log_prob": "sum", "vf_coef": 0.0}
+    changes = {"denoising_steps": 4, "denoising_std": 0.3, "vf_coef": 0.0}
     args, agent = agent_of(dppo, make_args, sizes(1, 1), **changes)
     agent = without_critic(agent)
     size = 100_000
