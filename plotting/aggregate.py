@@ -111,7 +111,7 @@ def draw(options: runs.Options, reps: int = 2000) -> list[Path]:
     mine = [groups[method, task] for method in by_method for task in tasks]
     text = style.note(mine, preset, what, {len(x) for x in by_method.values()})
     if min(x.size for x in by_method.values()) < 4:
-        text += "; of so few returns the interquartile mean is the mean"
+        text += "; of fewer than four returns the interquartile mean is the mean"
     if any(low == high for _, low, high in better.values()):
         text += "; an interval of 0 or 1 alone: all these seeds are below, or above, all of PPO's"
     style.finish(figure, [], text)
