@@ -83,7 +83,10 @@ class Args:
     decoder_epochs: int = 50
     decoder_batch_size: int = 8192  # pairs (s, u)
     decoder_learning_rate: float = 3e-4
+    decoder_final_lr: float = 0.0  # by cosine decay, as a fraction of the first; 1: no decay
     decoder_buffer_size: int = 10_000_000  # a stage's most recent pairs train the next decoder
+    decoder_data: Literal["recorded", "redrawn"] = "recorded"  # redrawn: u anew in each minibatch
+    advantage_temperature: float = 0.0  # T of a pair's weight, min(exp(advantage / T), 20); 0: none
     decoder_steps: int = 10  # Euler steps of the flow
     decoder_from: str | None = None  # a policy file with the decoder to start from (Figure 6)
 
@@ -105,10 +108,22 @@ class Args:
         require(valid, self, "total_timesteps", f"the sum of --stage-timesteps, {sum(stages)}")
         args = replace(self, stage_timesteps=stages, total_timesteps=sum(stages))
         counts = ("stage_timesteps", "decoder_epochs", "decoder_batch_size", "decoder_buffer_size")
-        check_common(args, (*counts, "decoder_steps"), ("kl_coef", "decoder_learning_rate"))
+        check_common(
+            args,
+            (*counts, "decoder_steps"),
+            ("kl_coef", "decoder_learning_rate", "decoder_final_lr", "advantage_temperature"),
+        )
         allowed = f"stages (see --total-timesteps) of {args.steps_per_iteration} steps or more each"
-        require(min(np.diff([0, *args.stage_ends])) > 0, args, "stage_timesteps", allowed)
-        return args
+        lengths = np.diff([0, *args.stage_ends])  # iterations
+        require(min(lengths) > 0, args, "stage_timesteps", allowed)
+        allowed = "recorded with --advantage-temperature: what is redrawn has no advantage"
+        valid = args.decoder_data == "recorded" or args.advantage_temperature == 0
+        require(valid, args, "decoder_data", allowed)
+        require(args.decoder_buffer_size > 1, args, "decoder_buffer_size", "at least 2")
+        # Every refinement has as many pairs, so that it takes as many steps.
+        pairs = int(min([args.decoder_buffer_size, *lengths[:-1] * args.steps_per_iteration]))
+        batch_size = min(args.decoder_batch_size, pairs // 2)
+        return replace(args, decoder_buffer_size=pairs, decoder_batch_size=batch_size)
 
 
 CPU_PRESET = {"env_id": "CheetahRun", "total_timesteps": 1_200_000, "eval_every": 200_000}
@@ -280,11 +295,14 @@ def init_agent(args: Args, env: Any, key: Array) -> Agent:
     keys = jax.random.split(key, 3)
     obs, u, t = jnp.zeros(env.observation_size), jnp.zeros(env.action_size), jnp.zeros(())
     stats = RunningStats(jnp.zeros(()), jnp.zeros_like(obs), jnp.ones_like(obs))
+    steps = args.decoder_epochs * (args.decoder_buffer_size // args.decoder_batch_size - 1)
+    lr, final = args.decoder_learning_rate, args.decoder_final_lr
+    decoder_lr = optax.cosine_decay_schedule(lr, steps, alpha=final)
     return Agent(
         encoder=make_network(Encoder(env.action_size), args.learning_rate, keys[0], obs),
         critic=make_network(MLP((256, 256, 256, 256, 256, 1)), args.learning_rate, keys[1], obs),
         stats=stats,
-        decoder=make_network(Velocity(), args.decoder_learning_rate, keys[2], obs, u, t),
+        decoder=make_network(Velocity(), decoder_lr, keys[2], obs, u, t),
         decoder_stats=stats,
     )
 
@@ -439,6 +457,7 @@ class Pairs(NamedTuple):  # what a decoder is trained on, (n, ...)
     obs: Array
     u: Array
     reward: Array  # for the log only
+    advantage: Array
 
 
 class State(NamedTuple):  # all that changes in the training of a seed
@@ -455,7 +474,7 @@ def init_state(args: Args, env: Any, key: Array, stage: Any) -> State:
     envs = reset_envs(env, args.num_envs, reset_key)
     n = args.decoder_buffer_size
     obs, u = jnp.zeros((n, env.observation_size)), jnp.zeros((n, env.action_size))
-    state = State(agent, envs, Pairs(obs, u, jnp.zeros(n)), key)
+    state = State(agent, envs, Pairs(obs, u, jnp.zeros(n), jnp.zeros(n)), key)
     # Weak types would be gone after the first iteration, and everything be compiled again.
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.result_type(x)), state)
 
@@ -468,7 +487,12 @@ def iteration(args: Args, env: Any, state: State, clip_eps: Any) -> tuple[State,
     # Not before: rollout and update see the same statistics, so that ratios start at 1.
     agent = agent._replace(stats=merge_stats(agent.stats, steps.obs))
 
-    pairs = Pairs(*[x.reshape(-1, *x.shape[2:]) for x in (steps.obs, steps.u, steps.reward)])
+    value = agent.critic.apply_fn(agent.critic.params, unrolls.obs).squeeze(-1)
+    _, advantage = gae(args, unrolls, value)
+    advantage = advantage.reshape(-1, args.num_envs, args.unroll_length).swapaxes(1, 2)
+    advantage = advantage.reshape(steps.reward.shape)
+    columns = (steps.obs, steps.u, steps.reward, advantage)
+    pairs = Pairs(*[x.reshape(-1, *x.shape[2:]) for x in columns])
     size = args.decoder_buffer_size
     recent = jax.tree.map(lambda *x: jnp.concatenate(x)[-size:], state.recent, pairs)
     metrics |= {"reward_mean": steps.reward.mean(), "nan_resets": steps.broken.sum()}
@@ -478,7 +502,9 @@ def iteration(args: Args, env: Any, state: State, clip_eps: Any) -> tuple[State,
 
 
 # === Phase 2: decoder refinement ==================================================================
-def flow_matching_loss(params: Any, decoder: Network, obs: Array, u: Array, key: Array) -> Array:
+def flow_matching_loss(
+    params: Any, decoder: Network, obs: Array, u: Array, weight: Any, key: Array
+) -> Array:
     """Eq. 6, 18 and 20, 8 draws a pair: the velocity of straight paths from fresh noise to u."""
     t_key, noise_key = jax.random.split(key)
     obs, u = jnp.repeat(obs[:, None], 8, axis=1), jnp.repeat(u[:, None], 8, axis=1)
@@ -486,25 +512,41 @@ def flow_matching_loss(params: Any, decoder: Network, obs: Array, u: Array, key:
     noise = jax.random.normal(noise_key, u.shape)
     a = noise + t[..., None] * (u - noise)
     velocity = decoder.apply_fn(params, obs, a, t)
-    return jnp.square(velocity - (u - noise)).sum(-1).mean()
+    return (weight * jnp.square(velocity - (u - noise)).sum(-1).mean(axis=1)).mean()
 
 
-def decoder_epoch(args: Args, decoder: Network, stats: RunningStats, pairs: Pairs, key: Array):
-    """One shuffled pass over pairs (n, ...): the decoder after it, and its mean loss."""
-    rows_key, loss_key = jax.random.split(key)
-    size = min(args.decoder_batch_size, len(pairs.u))
-    batches = len(pairs.u) // size
-    rows = jax.random.permutation(rows_key, len(pairs.u))[: batches * size]
+def decoder_epoch(
+    args: Args, decoder: Network, agent: Agent, pairs: Pairs, key: Array, epoch: Any
+) -> tuple:
+    """One pass over pairs (n, ...): the decoder after it, its mean loss, and the held-out loss.
+
+    The `agent` is the frozen one whose recent steps the pairs are.
+    """
+    split_key, test_key = jax.random.split(key)
+    rows_key, loss_key = jax.random.split(jax.random.fold_in(key, epoch))
+    size = args.decoder_batch_size
+    rows = jax.random.permutation(split_key, len(pairs.u))  # the same in each epoch
+    held_out, rows = rows[:size], jax.random.permutation(rows_key, rows[size:])
+    advantage = pairs.advantage - pairs.advantage.mean()
+    advantage = advantage / (advantage.std() + 1e-8)
+
+    def loss(params, rows, key):
+        u_key, key = jax.random.split(key)
+        obs, u, weight = pairs.obs[rows], pairs.u[rows], 1.0
+        if args.decoder_data == "redrawn":
+            u, *_ = act(args, agent, obs, u_key)
+        if args.advantage_temperature > 0:
+            weight = jnp.minimum(jnp.exp(advantage[rows] / args.advantage_temperature), 20.0)
+        return flow_matching_loss(params, decoder, normalize(agent.stats, obs), u, weight, key)
 
     def minibatch_step(decoder, rows_and_key):
-        rows, key = rows_and_key
-        batch = normalize(stats, pairs.obs[rows]), pairs.u[rows]
-        loss, grads = jax.value_and_grad(flow_matching_loss)(decoder.params, decoder, *batch, key)
-        return decoder.apply_gradients(grads=grads), loss
+        value, grads = jax.value_and_grad(loss)(decoder.params, *rows_and_key)
+        return decoder.apply_gradients(grads=grads), value
 
-    xs = rows.reshape(batches, -1), jax.random.split(loss_key, batches)
+    batches = len(rows) // size
+    xs = rows[: batches * size].reshape(batches, size), jax.random.split(loss_key, batches)
     decoder, losses = jax.lax.scan(minibatch_step, decoder, xs)
-    return decoder, losses.mean()
+    return decoder, losses.mean(), loss(decoder.params, held_out, test_key)
 
 
 # --- shared: files, seeds ---
@@ -639,7 +681,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
     init = over_seeds(args, partial(init_state, args, env), (0, None))
     iterate = over_seeds(args, partial(iteration, args, env), (0, None), donate_argnums=0)
     evaluate_seeds = over_seeds(args, partial(evaluate, args, env), (0, 0, None))
-    refine = over_seeds(args, partial(decoder_epoch, args), (0, 0, 0, 0))
+    refine = over_seeds(args, partial(decoder_epoch, args), (0, 0, 0, 0, None))
     fold_in = jax.vmap(jax.random.fold_in, (0, None))
     keys = jax.vmap(jax.random.PRNGKey)(np.arange(args.num_seeds) + args.seed)
     init_keys, eval_keys, decoder_keys = (fold_in(keys, purpose) for purpose in range(3))
@@ -710,33 +752,32 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
             break
 
         # Phase 2: the decoder learns to turn N(0, I) into the recent u; the encoder is frozen.
-        stage_start = [0, *args.stage_ends][stage]
-        num_pairs = min((done - stage_start) * size, args.decoder_buffer_size)
-        pairs = Pairs(*[x[:, -num_pairs:] for x in state.recent])
         next_state = init(init_keys, stage + 1)
         decoder = next_state.agent.decoder.replace(params=state.agent.decoder.params)
         for epoch in range(args.decoder_epochs):
-            keys = fold_in(fold_in(decoder_keys, stage), epoch)
-            decoder, loss = refine(decoder, state.agent.stats, pairs, keys)
-            log(args, run_dir, "decoder", stage=stage + 1, epoch=epoch, loss=jax.device_get(loss))
+            keys = fold_in(decoder_keys, stage)
+            losses = refine(decoder, state.agent, state.recent, keys, epoch)
+            decoder, loss, held_out_loss = losses[0], *jax.device_get(losses[1:])
+            row = {"epoch": epoch, "loss": loss, "held_out_loss": held_out_loss}
+            log(args, run_dir, "decoder", stage=stage + 1, **row)
             bar.set_description(f"decoder {stage + 1}, epoch {epoch}")
             if not np.isfinite(loss).all():
                 raise FloatingPointError(f"decoder {stage + 1}, epoch {epoch}: loss is not finite")
             if stop_signals:
                 raise SystemExit(128 + signal.SIGTERM)
 
+        reward_mean = np.asarray(state.recent.reward.mean(axis=1))
         before = [returns(deterministic).mean(1) for deterministic in (False, True)]
         # The encoder restarts as exactly N(0, I) (section 3.2); critic and statistics carry on.
         agent = next_state.agent._replace(critic=state.agent.critic, stats=state.agent.stats)
         stats = jax.tree.map(jnp.copy, agent.stats)  # `iterate` takes no buffer twice
         state = next_state._replace(agent=agent._replace(decoder=decoder, decoder_stats=stats))
         after = [returns(deterministic).mean(1) for deterministic in (False, True)]
-        row = {"pairs": num_pairs, "reward_mean": np.asarray(pairs.reward.mean(axis=1))}
+        row = {"pairs": args.decoder_buffer_size, "reward_mean": reward_mean}
         row |= {"return_before": before[0], "return_after": after[0]}
         row |= {"deterministic_before": before[1], "deterministic_after": after[1]}
         log(args, run_dir, "refine", step=done * size, stage=stage + 1, **row)
         save_time = save_checkpoint(args, run_dir, state, done, stage + 1, start_time)
-        del pairs  # a GB a seed, at the paper's sizes
     bar.close()
 
 
