@@ -100,6 +100,11 @@ class Args:
         size = self.steps_per_iteration
         return [int(2 * steps + size) // (2 * size) for steps in np.cumsum(self.stage_timesteps)]
 
+    @property
+    def decoder_batches(self) -> int:
+        """Minibatches of an epoch; one more is held out."""
+        return self.decoder_buffer_size // self.decoder_batch_size - 1
+
     def checked(self, given: set[str]) -> "Args":
         """The arguments with stages and their total; ends the program if they cannot be right."""
         ends = [self.total_timesteps * sixths // 6 for sixths in (0, 2, 4, 5, 6)]  # 2 : 2 : 1 : 1
@@ -108,23 +113,19 @@ class Args:
         require(valid, self, "total_timesteps", f"the sum of --stage-timesteps, {sum(stages)}")
         args = replace(self, stage_timesteps=stages, total_timesteps=sum(stages))
         counts = ("stage_timesteps", "decoder_epochs", "decoder_batch_size", "decoder_buffer_size")
-        check_common(
-            args,
-            counts,
-            ("kl_coef", "decoder_learning_rate", "decoder_final_lr", "advantage_temperature"),
-        )
+        weights = ("kl_coef", "decoder_learning_rate", "decoder_final_lr", "advantage_temperature")
+        check_common(args, counts, weights)
         require(args.decoder_steps > 1, args, "decoder_steps", "at least 2: 1 forgets the latent")
+        stage_steps = np.diff([0, *args.stage_ends]) * args.steps_per_iteration
         allowed = f"stages (see --total-timesteps) of {args.steps_per_iteration} steps or more each"
-        lengths = np.diff([0, *args.stage_ends])  # iterations
-        require(min(lengths) > 0, args, "stage_timesteps", allowed)
-        allowed = "recorded with --advantage-temperature: what is redrawn has no advantage"
+        require(min(stage_steps) > 0, args, "stage_timesteps", allowed)
+        pairs = int(min([args.decoder_buffer_size, *stage_steps[:-1]]))  # of every refinement
+        args = replace(args, decoder_buffer_size=pairs)
+        allowed = "at most half of --decoder-buffer-size and of every stage"
+        require(args.decoder_batches > 0, args, "decoder_batch_size", allowed)
         valid = args.decoder_data == "recorded" or args.advantage_temperature == 0
-        require(valid, args, "decoder_data", allowed)
-        require(args.decoder_buffer_size > 1, args, "decoder_buffer_size", "at least 2")
-        # Every refinement has as many pairs, so that it takes as many steps.
-        pairs = int(min([args.decoder_buffer_size, *lengths[:-1] * args.steps_per_iteration]))
-        batch_size = min(args.decoder_batch_size, pairs // 2)
-        return replace(args, decoder_buffer_size=pairs, decoder_batch_size=batch_size)
+        require(valid, args, "decoder_data", "recorded, if pairs are to have advantages")
+        return args
 
 
 CPU_PRESET = {"env_id": "CheetahRun", "total_timesteps": 1_200_000, "eval_every": 200_000}
@@ -306,9 +307,8 @@ def init_agent(args: Args, env: Any, key: Array) -> Agent:
     keys = jax.random.split(key, 3)
     obs, u, t = jnp.zeros(env.observation_size), jnp.zeros(env.action_size), jnp.zeros(())
     stats = RunningStats(jnp.zeros(()), jnp.zeros_like(obs), jnp.ones_like(obs))
-    steps = args.decoder_epochs * (args.decoder_buffer_size // args.decoder_batch_size - 1)
-    lr, final = args.decoder_learning_rate, args.decoder_final_lr
-    decoder_lr = optax.cosine_decay_schedule(lr, steps, alpha=final)
+    decay = args.decoder_epochs * args.decoder_batches, args.decoder_final_lr
+    decoder_lr = optax.cosine_decay_schedule(args.decoder_learning_rate, *decay)
     return Agent(
         encoder=make_network(Encoder(env.action_size), args.learning_rate, keys[0], obs),
         critic=make_network(MLP((256, 256, 256, 256, 256, 1)), args.learning_rate, keys[1], obs),
@@ -516,10 +516,8 @@ def iteration(args: Args, env: Any, state: State, clip_eps: Any) -> tuple[State,
 
 
 # === Phase 2: decoder refinement ==================================================================
-def denoising_loss(
-    params: Any, args: Args, decoder: Network, obs: Array, u: Array, weight: Any, key: Array
-) -> Array:
-    """Eq. 17, its t weighted by 1 / alpha_bar_t, with 8 draws a pair of t and of fresh noise."""
+def denoising_loss(params: Any, args: Args, decoder: Network, obs: Array, u: Array, key: Array):
+    """Eq. 17 for each pair, its t weighted by 1 / alpha_bar_t, with 8 draws of t and of noise."""
     t_key, noise_key = jax.random.split(key)
     obs, u = jnp.repeat(obs[:, None], 8, axis=1), jnp.repeat(u[:, None], 8, axis=1)
     t = jax.random.randint(t_key, u.shape[:-1], 1, args.decoder_steps + 1)  # at 0 is no noise
@@ -527,40 +525,34 @@ def denoising_loss(
     phi = noise_angles(args.decoder_steps)[t][..., None]
     a = jnp.cos(phi) * u + jnp.sin(phi) * noise
     v = decoder.apply_fn(params, obs, a, t / args.decoder_steps)
-    error = jnp.square(v - (jnp.cos(phi) * noise - jnp.sin(phi) * u))
-    return (weight * error.sum(-1).mean(axis=1)).mean()
+    return jnp.square(v - (jnp.cos(phi) * noise - jnp.sin(phi) * u)).sum(-1).mean(axis=1)
 
 
-def decoder_epoch(
-    args: Args, decoder: Network, agent: Agent, pairs: Pairs, key: Array, epoch: Any
-) -> tuple:
-    """One pass over pairs (n, ...): the decoder after it, its mean loss, and the held-out loss.
-
-    The `agent` is the frozen one whose recent steps the pairs are.
-    """
+def decoder_epoch(args: Args, decoder: Network, agent: Agent, pairs: Pairs, key: Array, epoch: Any):
+    """One pass over recent pairs of the agent, (n, ...): the decoder, mean and held-out loss."""
     split_key, test_key = jax.random.split(key)
     rows_key, loss_key = jax.random.split(jax.random.fold_in(key, epoch))
-    size = args.decoder_batch_size
-    rows = jax.random.permutation(split_key, len(pairs.u))  # the same in each epoch
-    held_out, rows = rows[:size], jax.random.permutation(rows_key, rows[size:])
-    advantage = pairs.advantage - pairs.advantage.mean()
-    advantage = advantage / (advantage.std() + 1e-8)
+    shape = args.decoder_batches, args.decoder_batch_size
+    rows = jax.random.permutation(split_key, len(pairs.u))  # the same split in every epoch
+    held_out, rows = rows[: shape[1]], jax.random.permutation(rows_key, rows[shape[1] :])
+    advantage = jax.nn.standardize(pairs.advantage)
 
     def loss(params, rows, key):
-        u_key, key = jax.random.split(key)
-        obs, u, weight = pairs.obs[rows], pairs.u[rows], 1.0
+        u_key, noise_key = jax.random.split(key)
+        obs, u = pairs.obs[rows], pairs.u[rows]
         if args.decoder_data == "redrawn":
             u, *_ = act(args, agent, obs, u_key)
+        error = denoising_loss(params, args, decoder, normalize(agent.stats, obs), u, noise_key)
         if args.advantage_temperature > 0:
-            weight = jnp.minimum(jnp.exp(advantage[rows] / args.advantage_temperature), 20.0)
-        return denoising_loss(params, args, decoder, normalize(agent.stats, obs), u, weight, key)
+            weight = jnp.exp(advantage[rows] / args.advantage_temperature)
+            error = jnp.minimum(weight, 20.0) * error
+        return error.mean()
 
     def minibatch_step(decoder, rows_and_key):
-        value, grads = jax.value_and_grad(loss)(decoder.params, *rows_and_key)
-        return decoder.apply_gradients(grads=grads), value
+        error, grads = jax.value_and_grad(loss)(decoder.params, *rows_and_key)
+        return decoder.apply_gradients(grads=grads), error
 
-    batches = len(rows) // size
-    xs = rows[: batches * size].reshape(batches, size), jax.random.split(loss_key, batches)
+    xs = rows[: np.prod(shape)].reshape(shape), jax.random.split(loss_key, args.decoder_batches)
     decoder, losses = jax.lax.scan(minibatch_step, decoder, xs)
     return decoder, losses.mean(), loss(decoder.params, held_out, test_key)
 
@@ -772,8 +764,8 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         decoder = next_state.agent.decoder.replace(params=state.agent.decoder.params)
         for epoch in range(args.decoder_epochs):
             keys = fold_in(decoder_keys, stage)
-            losses = refine(decoder, state.agent, state.recent, keys, epoch)
-            decoder, loss, held_out_loss = losses[0], *jax.device_get(losses[1:])
+            decoder, *losses = refine(decoder, state.agent, state.recent, keys, epoch)
+            loss, held_out_loss = jax.device_get(losses)
             row = {"epoch": epoch, "loss": loss, "held_out_loss": held_out_loss}
             log(args, run_dir, "decoder", stage=stage + 1, **row)
             bar.set_description(f"decoder {stage + 1}, epoch {epoch}")

@@ -449,7 +449,7 @@ def test_what_carries_on_between_stages(restarted):
     began, ended = (jax.tree.leaves(x.agent.decoder.params) for x in (old, new))
     assert all((a != b).any() for a, b in zip(began, ended, strict=True))
     assert max(np.abs(a - b).max() for a, b in zip(began, ended, strict=True)) < 0.01  # refined
-    assert new.agent.decoder.step == 2 * (60 // 16)  # Adam's state is new: two epochs
+    assert new.agent.decoder.step == 2 * (60 // 16 - 1)  # Adam's state is new: two epochs
     all_close((new.envs, new.recent), (fresh.envs, fresh.recent), rtol=1e-6)
     all_equal(new.key, fresh.key)
     assert (fresh.envs.state.obs != old.envs.state.obs).all()
@@ -562,16 +562,20 @@ def test_recent_pairs(make_args, point_mass, monkeypatch, capacity):
     state = gorl.init_state(args, point_mass, KEY, 0)
     want = deque(np.zeros(capacity), maxlen=capacity)
     monkeypatch.setattr(gorl, "update", lambda args, agent, *rest: (agent, {}))
+    monkeypatch.setattr(gorl, "gae", lambda args, unrolls, value: (None, 3 * unrolls.reward))
     for i in range(4):
         x = jnp.arange(60.0).reshape(15, 4) + 60 * i + 1
         vectors = x[..., None] * jnp.ones(3)
         steps = gorl.Steps(vectors, -vectors[..., :2], vectors, x, 2 * x, x, x, x)
-        monkeypatch.setattr(gorl, "rollout", lambda *x, out=(state.envs, steps, None): out)
+        cut = np.stack([x[t : t + 5, n] for t in range(0, 15, 5) for n in range(4)])  # unrolls
+        unrolls = steps._replace(obs=jnp.zeros((12, 6, 3)), reward=jnp.array(cut))
+        monkeypatch.setattr(gorl, "rollout", lambda *x, out=(state.envs, steps, unrolls): out)
         state, _ = gorl.iteration(args, point_mass, state, CLIP_EPS)
         want.extend(np.ravel(x))
         np.testing.assert_array_equal(state.recent.obs[:, 2], want)
         np.testing.assert_array_equal(state.recent.u[:, 1], -np.array(want))
         np.testing.assert_array_equal(state.recent.reward, 2 * np.array(want))
+        np.testing.assert_array_equal(state.recent.advantage, 3 * np.array(want))
 
 
 def test_networks_differ_between_seeds():

@@ -1,5 +1,6 @@
 """The decoders: identity at first, the losses and their optima, what they read and what not."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -26,7 +27,7 @@ def gorl(request):
 @pytest.fixture
 def make_args(make_args):
     """The paper's ten steps, which the numbers below are of."""
-    return partial(make_args, decoder_steps=10)
+    return partial(make_args, decoder_steps=10, decoder_buffer_size=100_000)
 
 
 @pytest.fixture
@@ -47,17 +48,22 @@ def with_field(agent, field):
 def loss_of(gorl, args, agent, obs, u, key):
     params = agent.decoder.params
     if gorl is fm:
-        return gorl.flow_matching_loss(params, agent.decoder, obs, u, key)
-    return gorl.denoising_loss(params, args, agent.decoder, obs, u, key)
+        return gorl.flow_matching_loss(params, agent.decoder, obs, u, key).mean()
+    return gorl.denoising_loss(params, args, agent.decoder, obs, u, key).mean()
 
 
-def train(gorl, args, agent, obs, u, epochs):
-    pairs = gorl.Pairs(jnp.float32(obs), jnp.float32(u), jnp.zeros(len(u)))
+def train(gorl, args, agent, obs, u, epochs, advantage=None):
+    """The agent with a refined decoder, and loss and held-out loss of each epoch."""
+    args = replace(args, decoder_epochs=epochs, decoder_buffer_size=len(u))
+    advantage = np.zeros(len(u)) if advantage is None else advantage
+    pairs = gorl.Pairs(*(jnp.float32(x) for x in (obs, u, np.zeros(len(u)), advantage)))
     epoch = jax.jit(partial(gorl.decoder_epoch, args))
-    decoder = agent.decoder
-    for key in jax.random.split(KEY, epochs):
-        decoder, loss = epoch(decoder, agent.stats, pairs, key)
-    return agent._replace(decoder=decoder), loss
+    decoder = new_agent(gorl, args).decoder.replace(params=agent.decoder.params)
+    losses = []
+    for i in range(epochs):
+        decoder, *loss = epoch(decoder, agent, pairs, KEY, i)
+        losses.append(loss)
+    return agent._replace(decoder=decoder), np.array(losses)
 
 
 def test_first_decoder_is_the_identity(gorl, make_args, agent):
@@ -87,7 +93,7 @@ def test_all_layers_learn(gorl, make_args, agent):
         assert layer["kernel"].any() == (name != "last")
         assert (layer["kernel"] != after[name]["kernel"]).mean() > 0.9
         assert (layer["bias"] != after[name]["bias"]).mean() > 0.9
-    assert new.decoder.step == 8
+    assert new.decoder.step == 2 * 3
 
 
 def energy_distance(x, y):
@@ -121,29 +127,157 @@ def test_decoder_learns_two_modes(gorl, make_args, agent):
             np.testing.assert_allclose(ours, mode, atol=0.2)
 
 
-def test_an_epoch_uses_every_pair_once(gorl, make_args, agent, monkeypatch):
+@pytest.fixture
+def seen_by(gorl, make_args, agent, monkeypatch):
+    """obs and u of the batches that an epoch's loss sees, the held-out one last, and its losses."""
+
+    def run(args, pairs, agent=agent, key=KEY, epoch=0):
+        seen = []
+
+        def loss(params, *rest):
+            *_, obs, u, _ = rest
+            jax.debug.callback(
+                lambda *x: seen.append(np.array(x)), obs[:, 0], u[:, 0], ordered=True
+            )
+            return obs[:, 0] + sum(leaf.sum() for leaf in jax.tree.leaves(params))
+
+        name = "flow_matching_loss" if gorl is fm else "denoising_loss"
+        monkeypatch.setattr(gorl, name, loss)
+        decoder = jax.tree.map(jnp.zeros_like, agent.decoder)
+        args = replace(args, decoder_learning_rate=0.0, decoder_buffer_size=len(pairs.u))
+        decoder = decoder.replace(tx=new_agent(gorl, args).decoder.tx)
+        _, *losses = gorl.decoder_epoch(args, decoder, agent, pairs, key, epoch)
+        jax.block_until_ready(losses)
+        jax.effects_barrier()
+        return seen, np.array(losses)
+
+    return run
+
+
+def test_an_epoch_uses_every_pair_once(gorl, make_args, agent, seen_by):
     """Otherwise the decoder imitates some actions more than others, or pairs u with another's s."""
     args = make_args(gorl, decoder_batch_size=4)
     obs = jnp.arange(19.0)[:, None] * jnp.ones(OBS)
-    pairs = gorl.Pairs(obs, obs[:, :ACT] / 100, jnp.zeros(19))
-    seen = []
-
-    def loss(params, *rest):
-        *_, obs, u, _ = rest
-        jax.debug.callback(lambda *x: seen.append(x), obs[:, 0], u[:, 0], ordered=True)
-        return sum(leaf.sum() for leaf in jax.tree.leaves(params))
-
-    name = "flow_matching_loss" if gorl is fm else "denoising_loss"
-    monkeypatch.setattr(gorl, name, loss)
+    pairs = gorl.Pairs(obs, obs[:, :ACT] / 100, jnp.zeros(19), jnp.zeros(19))
     scale = gorl.RunningStats(jnp.float32(1), jnp.zeros(OBS), jnp.full(OBS, 1e4))
-    jax.block_until_ready(gorl.decoder_epoch(args, agent.decoder, scale, pairs, KEY))
-    jax.effects_barrier()
-    assert len(seen) == 4  # batches of 4; the rest of 3 waits for the next epoch's shuffle
-    for obs, u in seen:
-        np.testing.assert_allclose(obs, u, rtol=1e-6)
-    labels = np.round(100 * np.concatenate([u for _, u in seen]))
-    assert len(set(labels.tolist())) == 16
-    assert sorted(labels) != labels.tolist()
+    orders = []
+    for epoch in range(3):
+        seen, _ = seen_by(args, pairs, agent._replace(stats=scale), epoch=epoch)
+        assert len(seen) == 4  # batches of 4, one held out; 3 wait for the next epoch's shuffle
+        for obs, u in seen:
+            np.testing.assert_allclose(obs, u, rtol=1e-6)
+        orders.append(np.round(100 * np.concatenate([u for _, u in seen])).astype(int))
+        assert len(set(orders[-1])) == 16
+    assert (orders[0][-4:] == orders[1][-4:]).all()
+    assert (orders[0][-4:] == orders[2][-4:]).all()
+    assert (orders[0] != orders[1]).any()
+    trained_on = set(np.concatenate([order[:-4] for order in orders]))
+    assert trained_on == set(range(19)) - set(orders[0][-4:])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.25])
+def test_weights_of_the_pairs(gorl, make_args, agent, seen_by, temperature):
+    """Otherwise another loss is minimised than min(exp(A / T), 20) times the pair's, in float64."""
+    args = make_args(gorl, decoder_batch_size=64, advantage_temperature=temperature)
+    r = np.random.default_rng(0)
+    obs = r.uniform(0.5, 2, (256, OBS))
+    raw = 3 + 7 * r.standard_t(3, 256)
+    pairs = gorl.Pairs(*(jnp.float32(x) for x in (obs, obs[:, :ACT], raw, raw)))
+    seen, losses = seen_by(args, pairs)
+    advantage = (raw - raw.mean()) / raw.std()
+    weights = np.minimum(np.exp(advantage / temperature), 20)
+    weight = dict(zip(np.float32(obs[:, 0]), weights, strict=True))
+    assert max(weight.values()) == 20
+    assert min(weight.values()) < 0.5
+    want = [np.mean([weight[x] * x for x in batch]) for batch, _ in seen]
+    np.testing.assert_allclose(losses, [np.mean(want[:-1]), want[-1]], rtol=1e-4)
+
+
+def test_an_infinite_temperature_weighs_nothing(gorl, make_args, agent):
+    """Otherwise T does not fade out the weights."""
+    r = np.random.default_rng(0)
+    data = r.normal(size=(64, OBS)), r.normal(size=(64, ACT))
+    runs = [
+        train(gorl, make_args(gorl, advantage_temperature=t), agent, *data, 2, r.normal(size=64))
+        for t in (0.0, 1e9)
+    ]
+    np.testing.assert_allclose(runs[0][1], runs[1][1], rtol=1e-5)
+    params = [jax.tree.leaves(new.decoder.params) for new, _ in runs]
+    for a, b in zip(*params, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_weights_move_the_distribution(gorl, make_args, agent):
+    """Otherwise the decoder does not learn the weighted data: three actions, exact weights."""
+    r = np.random.default_rng(0)
+    label = r.integers(0, 3, 2**14)
+    u = 2.0 * (label - 1)[:, None] * np.ones(ACT)
+    advantage = np.array([-1.0, 0.5, 1.0])[label] + 0.3 * r.normal(size=len(label))
+    args = make_args(gorl, decoder_batch_size=256, decoder_learning_rate=2e-3)
+    args = replace(args, advantage_temperature=1.0)
+    agent, _ = train(gorl, args, agent, np.zeros((len(u), OBS)), u, 25, advantage)
+    latent = jax.random.normal(jax.random.PRNGKey(1), (5000, ACT))
+    got = np.asarray(gorl.decode(args, agent, jnp.zeros((5000, OBS)), latent))
+    nearest = np.clip(np.round(got[:, 0] / 2), -1, 1).astype(int) + 1
+    weight = np.minimum(np.exp((advantage - advantage.mean()) / advantage.std()), 20)
+    want = np.bincount(label, weight) / weight.sum()
+    assert want[2] > 3 * want[0]
+    np.testing.assert_allclose(np.bincount(nearest, minlength=3) / 5000, want, atol=0.04)
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_redrawn_pairs_are_the_frozen_policys(gorl, make_args, agent, seen_by, refined):
+    """Otherwise the decoder learns another policy than that of the stage that ended."""
+    args = make_args(gorl, decoder_batch_size=20_000, decoder_data="redrawn")
+    frozen = trained(agent, KEY)
+    if not refined:  # stage 0, where u is a multiple of the latent
+        frozen = frozen._replace(decoder=agent.decoder)
+    state = frozen.stats.mean + 0.5
+    n = 40_000
+    pairs = gorl.Pairs(state * jnp.ones((n, 1)), jnp.full((n, ACT), 9.0), *jnp.zeros((2, n)))
+    draws = [seen_by(args, pairs, frozen, epoch=i)[0][0][1] for i in range(2)]
+    assert (draws[0] != draws[1]).mean() > 0.99  # anew in each minibatch
+    assert abs(np.corrcoef(draws)[0, 1]) < 0.03
+    normed = gorl.normalize(frozen.stats, state)
+    mean, std = (x[0] for x in frozen.encoder.apply_fn(frozen.encoder.params, normed))
+    if refined:
+        latent = jax.random.normal(jax.random.PRNGKey(1), (n, ACT)) * std + mean
+        u = np.asarray(gorl.decode(args, frozen, pairs.obs, latent))[:, 0]
+        assert stats.ks_2samp(draws[0], u).pvalue > 1e-3
+        return
+    turns = np.diff(np.arccos(np.sqrt(cosine_alpha_bar(10))))
+    scale = 1 if gorl is fm else np.prod(np.cos(turns))
+    assert abs(mean) > 0.01
+    assert stats.kstest(draws[0], "norm", (scale * mean, scale * std)).pvalue > 1e-3
+
+
+def test_held_out_loss_shows_overfitting(gorl, make_args, agent):
+    """Otherwise a reader cannot see that a decoder was trained on too few pairs."""
+    r = np.random.default_rng(0)
+    args = make_args(gorl, decoder_batch_size=32, decoder_learning_rate=3e-3)
+    few = r.normal(size=(64, OBS)), r.normal(size=(64, ACT))
+    _, losses = train(gorl, args, agent, *few, 600)
+    train_loss, held_out_loss = losses[-20:].mean(0)
+    assert train_loss < 0.6 * losses[0, 0]
+    assert held_out_loss > 1.5 * train_loss
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
+def test_learning_rate_of_a_refinement(gorl, make_args, final):
+    """Otherwise a refinement does not end at its final rate: Adam's steps at a constant slope."""
+    args = make_args(gorl, decoder_epochs=5, decoder_buffer_size=60, decoder_final_lr=final)
+    args = replace(args, decoder_learning_rate=1e-2)
+    decoder = new_agent(gorl, args).decoder
+    before = jax.tree.leaves(decoder.params)[0]
+    ones = jax.tree.map(jnp.ones_like, decoder.params)
+    steps = 5 * (60 // 16 - 1)
+    for i in range(steps + 1):
+        decoder = decoder.apply_gradients(grads=ones)
+        after = jax.tree.leaves(decoder.params)[0]
+        cosine = (1 + np.cos(np.pi * i / steps)) / 2
+        rate = 1e-2 * (final + (1 - final) * cosine)
+        np.testing.assert_allclose(before - after, rate, rtol=1e-3, atol=1e-7)
+        before = after
 
 
 # --- losses ---
