@@ -36,11 +36,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from brax.training.acme import running_statistics  # Welford's algorithm
 from flax import linen as nn
 from flax.training.train_state import TrainState as Network  # parameters and Adam's state
 from jax import Array, P
 from jax.scipy.stats import norm
 from tqdm import tqdm
+
+normalize = partial(running_statistics.normalize, max_abs_value=10.0)  # (obs, stats) -> inputs
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,14 @@ class Args:
         return self.batch_size * self.num_minibatches * self.unroll_length
 
     @property
-    def stage_ends(self) -> list[int]:
-        """Iterations done when each stage ends, rounded from the cumulative steps."""
+    def stage_ends(self) -> list[int]:  # iterations done by then, rounded from cumulative steps
         size = self.steps_per_iteration
         return [int(2 * steps + size) // (2 * size) for steps in np.cumsum(self.stage_timesteps)]
 
     @property
-    def decoder_batches(self) -> int:
-        """Minibatches of an epoch; one more is held out."""
-        return self.decoder_buffer_size // self.decoder_batch_size - 1
+    def decoder_pairs(self) -> int:  # for each: no more than the shortest stage before one has
+        stages = np.diff([0, *self.stage_ends])[:-1] * self.steps_per_iteration
+        return int(min([self.decoder_buffer_size, *stages]))
 
     def checked(self, given: set[str]) -> "Args":
         """The arguments with stages and their total; ends the program if they cannot be right."""
@@ -116,13 +118,10 @@ class Args:
         weights = ("kl_coef", "decoder_learning_rate", "decoder_final_lr", "advantage_temperature")
         check_common(args, counts, weights)
         require(args.decoder_steps > 1, args, "decoder_steps", "at least 2: 1 forgets the latent")
-        stage_steps = np.diff([0, *args.stage_ends]) * args.steps_per_iteration
         allowed = f"stages (see --total-timesteps) of {args.steps_per_iteration} steps or more each"
-        require(min(stage_steps) > 0, args, "stage_timesteps", allowed)
-        pairs = int(min([args.decoder_buffer_size, *stage_steps[:-1]]))  # of every refinement
-        args = replace(args, decoder_buffer_size=pairs)
-        allowed = "at most half of --decoder-buffer-size and of every stage"
-        require(args.decoder_batches > 0, args, "decoder_batch_size", allowed)
+        require(min(np.diff([0, *args.stage_ends])) > 0, args, "stage_timesteps", allowed)
+        valid = args.decoder_batch_size <= args.decoder_pairs // 2  # one minibatch is held out
+        require(valid, args, "decoder_batch_size", f"at most half of {args.decoder_pairs} pairs")
         valid = args.decoder_data == "recorded" or args.advantage_temperature == 0
         require(valid, args, "decoder_data", "recorded, if pairs are to have advantages")
         return args
@@ -130,7 +129,8 @@ class Args:
 
 CPU_PRESET = {"env_id": "CheetahRun", "total_timesteps": 1_200_000, "eval_every": 200_000}
 CPU_PRESET |= {"num_envs": 128, "batch_size": 32, "num_minibatches": 16, "update_epochs": 8}
-CPU_PRESET |= {"decoder_epochs": 10, "decoder_batch_size": 1024, "decoder_buffer_size": 100_000}
+CPU_PRESET |= {"decoder_epochs": 25, "decoder_batch_size": 256, "decoder_buffer_size": 40_000}
+CPU_PRESET |= {"decoder_learning_rate": 3e-3}
 
 
 # --- shared: checks, environment, statistics, layers ---
@@ -176,8 +176,7 @@ def make_env(args: Args) -> Any:
         config = registry.get_default_config(args.env_id)
         config.impl = args.impl  # Playground's own default is warp
         if args.impl == "warp":  # a contact buffer serves all worlds, and Playground's is for 2048
-            worlds = max(args.num_envs, args.eval_envs) * args.num_seeds
-            config.naconmax *= -(-worlds // 2048)
+            config.naconmax *= -(-max(args.num_envs, args.eval_envs) * args.num_seeds // 2048)
         env = registry.load(args.env_id, config=config)
         env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # each is traced only once
         assert isinstance(env.observation_size, int), "its observation is not one flat array"
@@ -215,29 +214,6 @@ def step_envs(args: Args, env: Any, envs: Envs, u: Array) -> tuple:
 
 
 # === Networks =====================================================================================
-class RunningStats(NamedTuple):
-    count: Array  # of all observations so far
-    mean: Array  # (obs_dim,)
-    var: Array
-
-
-def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
-    """Adds observations (steps, N, obs_dim), by the formula of Chan et al. (1979)."""
-    count = obs.shape[0] * obs.shape[1]
-    mean = obs.mean(axis=1).mean(axis=0)  # one axis at a time, against float32's rounding
-    var = jnp.square(obs - mean).mean(axis=1).mean(axis=0)
-    weight = count / (stats.count + count)  # of the new observations
-    delta = mean - stats.mean
-    # Without the old variance, the std would shrink with every batch, and normalised inputs grow.
-    var = stats.var + weight * (var - stats.var + (1 - weight) * jnp.square(delta))
-    return RunningStats(stats.count + count, stats.mean + weight * delta, var)
-
-
-def normalize(stats: RunningStats, obs: Array) -> Array:
-    std = jnp.maximum(jnp.sqrt(stats.var), 1e-6)
-    return jnp.clip((obs - stats.mean) / std, -10.0, 10.0)
-
-
 class MLP(nn.Module):
     """SiLU network (..., n) -> (..., sizes[-1]): kernels LeCun-uniform, biases 0."""
 
@@ -297,23 +273,23 @@ def noise_angles(steps: int) -> Array:
 class Agent(NamedTuple):
     encoder: Network
     critic: Network
-    stats: RunningStats  # of observations, for encoder and critic
+    stats: running_statistics.RunningStatisticsState  # of observations, for encoder and critic
     decoder: Network
-    decoder_stats: RunningStats  # those it was trained with: a frozen decoder must not move
+    decoder_stats: running_statistics.RunningStatisticsState  # frozen as the decoder is
 
 
 def init_agent(args: Args, env: Any, key: Array) -> Agent:
     """The encoder is exactly N(0, I), the decoder a multiple of the identity (section 3.2)."""
     keys = jax.random.split(key, 3)
     obs, u, t = jnp.zeros(env.observation_size), jnp.zeros(env.action_size), jnp.zeros(())
-    stats = RunningStats(jnp.zeros(()), jnp.zeros_like(obs), jnp.ones_like(obs))
-    decay = args.decoder_epochs * args.decoder_batches, args.decoder_final_lr
-    decoder_lr = optax.cosine_decay_schedule(args.decoder_learning_rate, *decay)
+    stats = running_statistics.init_state(obs)
+    steps = args.decoder_epochs * (args.decoder_pairs // args.decoder_batch_size - 1)
+    lr = optax.cosine_decay_schedule(args.decoder_learning_rate, steps, args.decoder_final_lr)
     return Agent(
         encoder=make_network(Encoder(env.action_size), args.learning_rate, keys[0], obs),
         critic=make_network(MLP((256, 256, 256, 256, 256, 1)), args.learning_rate, keys[1], obs),
         stats=stats,
-        decoder=make_network(Denoiser(), decoder_lr, keys[2], obs, u, t),
+        decoder=make_network(Denoiser(), lr, keys[2], obs, u, t),
         decoder_stats=stats,
     )
 
@@ -327,7 +303,7 @@ def policy_part(agent: Agent) -> Agent:
 
 def decode(args: Args, agent: Agent, obs: Array, latent: Array) -> Array:
     """u = g(s, latent) at raw observations: deterministic DDIM from a_D = latent (App. C.1)."""
-    obs = normalize(agent.decoder_stats, obs)
+    obs = normalize(obs, agent.decoder_stats)
     phi = noise_angles(args.decoder_steps)
     a = latent
     for t in range(args.decoder_steps, 0, -1):
@@ -339,7 +315,7 @@ def decode(args: Args, agent: Agent, obs: Array, latent: Array) -> Array:
 
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = False) -> tuple:
     """u (..., action_dim) at raw observations, its latent, and log pi(latent | s)."""
-    mean, std = agent.encoder.apply_fn(agent.encoder.params, normalize(agent.stats, obs))
+    mean, std = agent.encoder.apply_fn(agent.encoder.params, normalize(obs, agent.stats))
     latent = mean + std * jnp.where(deterministic, 0.0, jax.random.normal(key, mean.shape))
     log_prob = norm.logpdf(latent, mean, std).sum(-1)
     return decode(args, agent, obs, latent), latent, log_prob
@@ -375,7 +351,7 @@ def rollout(args: Args, env: Any, agent: Agent, envs: Envs, key: Array) -> tuple
     # Each unroll is followed by the first observation of the next: unused if its episode has ended.
     ends = jnp.concatenate([steps.obs[T::T], envs.state.obs[None]])
     obs = jnp.concatenate([unrolls.obs, ends.reshape(-1, 1, ends.shape[-1])], axis=1)
-    obs = normalize(agent.stats, obs)
+    obs = normalize(obs, agent.stats)
     return envs, steps, unrolls._replace(obs=obs, reward=args.reward_scale * unrolls.reward)
 
 
@@ -486,7 +462,7 @@ def init_state(args: Args, env: Any, key: Array, stage: Any) -> State:
     agent_key, reset_key, key = jax.random.split(jax.random.fold_in(key, stage), 3)
     agent = init_agent(args, env, agent_key)
     envs = reset_envs(env, args.num_envs, reset_key)
-    n = args.decoder_buffer_size
+    n = args.decoder_pairs
     obs, u = jnp.zeros((n, env.observation_size)), jnp.zeros((n, env.action_size))
     state = State(agent, envs, Pairs(obs, u, jnp.zeros(n), jnp.zeros(n)), key)
     # Weak types would be gone after the first iteration, and everything be compiled again.
@@ -499,16 +475,14 @@ def iteration(args: Args, env: Any, state: State, clip_eps: Any) -> tuple[State,
     envs, steps, unrolls = rollout(args, env, state.agent, state.envs, rollout_key)
     agent, metrics = update(args, state.agent, unrolls, clip_eps, update_key)
     # Not before: rollout and update see the same statistics, so that ratios start at 1.
-    agent = agent._replace(stats=merge_stats(agent.stats, steps.obs))
+    agent = agent._replace(stats=running_statistics.update(agent.stats, steps.obs))
 
     value = agent.critic.apply_fn(agent.critic.params, unrolls.obs).squeeze(-1)
     _, advantage = gae(args, unrolls, value)
     advantage = advantage.reshape(-1, args.num_envs, args.unroll_length).swapaxes(1, 2)
-    advantage = advantage.reshape(steps.reward.shape)
-    columns = (steps.obs, steps.u, steps.reward, advantage)
+    columns = (steps.obs, steps.u, steps.reward, advantage.reshape(steps.reward.shape))
     pairs = Pairs(*[x.reshape(-1, *x.shape[2:]) for x in columns])
-    size = args.decoder_buffer_size
-    recent = jax.tree.map(lambda *x: jnp.concatenate(x)[-size:], state.recent, pairs)
+    recent = jax.tree.map(lambda *x: jnp.concatenate(x)[-args.decoder_pairs :], state.recent, pairs)
     metrics |= {"reward_mean": steps.reward.mean(), "nan_resets": steps.broken.sum()}
     metrics |= {"u_std": steps.u.std(), "u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
     metrics |= {"latent_beyond_3": (jnp.abs(steps.latent) > 3).mean()}
@@ -532,27 +506,26 @@ def decoder_epoch(args: Args, decoder: Network, agent: Agent, pairs: Pairs, key:
     """One pass over recent pairs of the agent, (n, ...): the decoder, mean and held-out loss."""
     split_key, test_key = jax.random.split(key)
     rows_key, loss_key = jax.random.split(jax.random.fold_in(key, epoch))
-    shape = args.decoder_batches, args.decoder_batch_size
-    rows = jax.random.permutation(split_key, len(pairs.u))  # the same split in every epoch
-    held_out, rows = rows[: shape[1]], jax.random.permutation(rows_key, rows[shape[1] :])
-    advantage = jax.nn.standardize(pairs.advantage)
+    size = args.decoder_batch_size
+    held_out, rows = jnp.split(jax.random.permutation(split_key, len(pairs.u)), [size])
+    rows = jax.random.permutation(rows_key, rows)  # of the same split in every epoch
+    temperature = args.advantage_temperature or np.inf  # at which every weight is 1
+    weight = jnp.minimum(jnp.exp(jax.nn.standardize(pairs.advantage) / temperature), 20.0)
 
     def loss(params, rows, key):
         u_key, noise_key = jax.random.split(key)
         obs, u = pairs.obs[rows], pairs.u[rows]
         if args.decoder_data == "redrawn":
             u, *_ = act(args, agent, obs, u_key)
-        error = denoising_loss(params, args, decoder, normalize(agent.stats, obs), u, noise_key)
-        if args.advantage_temperature > 0:
-            weight = jnp.exp(advantage[rows] / args.advantage_temperature)
-            error = jnp.minimum(weight, 20.0) * error
-        return error.mean()
+        error = denoising_loss(params, args, decoder, normalize(obs, agent.stats), u, noise_key)
+        return (weight[rows] * error).mean()
 
     def minibatch_step(decoder, rows_and_key):
         error, grads = jax.value_and_grad(loss)(decoder.params, *rows_and_key)
         return decoder.apply_gradients(grads=grads), error
 
-    xs = rows[: np.prod(shape)].reshape(shape), jax.random.split(loss_key, args.decoder_batches)
+    batches = len(rows) // size
+    xs = rows[: batches * size].reshape(batches, size), jax.random.split(loss_key, batches)
     decoder, losses = jax.lax.scan(minibatch_step, decoder, xs)
     return decoder, losses.mean(), loss(decoder.params, held_out, test_key)
 
@@ -618,9 +591,8 @@ def load_checkpoint(args: Args, run_dir: Path, like: Any) -> tuple[Any, dict]:
     require(state is not None or not begun, args, "resume", "a run with a good checkpoint")
     for path in bad:
         path.replace(path.with_suffix(".bad"))
-    for path in [run_dir / f"{table}.csv" for table in ("eval", "train", "decoder", "refine")]:
-        if path.exists():
-            os.truncate(path, progress["logs"].get(path.name, 0))
+    for path in run_dir.glob("*.csv"):
+        os.truncate(path, progress["logs"].get(path.name, 0))
     return state, progress
 
 
@@ -749,8 +721,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
             stage_done = done == args.stage_ends[stage]
             if stage_done or done * size % args.eval_every < size:  # past a multiple of it
                 log_returns(stage)
-            late = time.time() - save_time > 60 * args.checkpoint_minutes
-            if stage_done or late or stop_signals:
+            if stage_done or stop_signals or time.time() - save_time > 60 * args.checkpoint_minutes:
                 save_time = save_checkpoint(args, run_dir, state, done, stage, start_time)
                 if stop_signals:
                     raise SystemExit(128 + signal.SIGTERM)
@@ -764,24 +735,22 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         decoder = next_state.agent.decoder.replace(params=state.agent.decoder.params)
         for epoch in range(args.decoder_epochs):
             keys = fold_in(decoder_keys, stage)
-            decoder, *losses = refine(decoder, state.agent, state.recent, keys, epoch)
-            loss, held_out_loss = jax.device_get(losses)
-            row = {"epoch": epoch, "loss": loss, "held_out_loss": held_out_loss}
+            decoder, loss, held_out = refine(decoder, state.agent, state.recent, keys, epoch)
+            row = jax.device_get({"epoch": epoch, "loss": loss, "held_out_loss": held_out})
             log(args, run_dir, "decoder", stage=stage + 1, **row)
             bar.set_description(f"decoder {stage + 1}, epoch {epoch}")
-            if not np.isfinite(loss).all():
+            if not np.isfinite(row["loss"]).all():
                 raise FloatingPointError(f"decoder {stage + 1}, epoch {epoch}: loss is not finite")
             if stop_signals:
                 raise SystemExit(128 + signal.SIGTERM)
 
-        reward_mean = np.asarray(state.recent.reward.mean(axis=1))
+        row = {"pairs": args.decoder_pairs, "reward_mean": np.asarray(state.recent.reward.mean(1))}
         before = [returns(deterministic).mean(1) for deterministic in (False, True)]
         # The encoder restarts as exactly N(0, I) (section 3.2); critic and statistics carry on.
         agent = next_state.agent._replace(critic=state.agent.critic, stats=state.agent.stats)
         stats = jax.tree.map(jnp.copy, agent.stats)  # `iterate` takes no buffer twice
         state = next_state._replace(agent=agent._replace(decoder=decoder, decoder_stats=stats))
         after = [returns(deterministic).mean(1) for deterministic in (False, True)]
-        row = {"pairs": args.decoder_buffer_size, "reward_mean": reward_mean}
         row |= {"return_before": before[0], "return_after": after[0]}
         row |= {"deterministic_before": before[1], "deterministic_after": after[1]}
         log(args, run_dir, "refine", step=done * size, stage=stage + 1, **row)

@@ -36,11 +36,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from brax.training.acme import running_statistics  # Welford's algorithm
 from flax import linen as nn
 from flax.training.train_state import TrainState as Network  # parameters and Adam's state
 from jax import Array, P
 from jax.scipy.stats import norm
 from tqdm import tqdm
+
+normalize = partial(running_statistics.normalize, max_abs_value=10.0)  # (obs, stats) -> inputs
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,7 @@ def make_env(args: Args) -> Any:
         config = registry.get_default_config(args.env_id)
         config.impl = args.impl  # Playground's own default is warp
         if args.impl == "warp":  # a contact buffer serves all worlds, and Playground's is for 2048
-            worlds = max(args.num_envs, args.eval_envs) * args.num_seeds
-            config.naconmax *= -(-worlds // 2048)
+            config.naconmax *= -(-max(args.num_envs, args.eval_envs) * args.num_seeds // 2048)
         env = registry.load(args.env_id, config=config)
         env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # each is traced only once
         assert isinstance(env.observation_size, int), "its observation is not one flat array"
@@ -182,29 +184,6 @@ def step_envs(args: Args, env: Any, envs: Envs, u: Array) -> tuple:
 
 
 # === Networks =====================================================================================
-class RunningStats(NamedTuple):
-    count: Array  # of all observations so far
-    mean: Array  # (obs_dim,)
-    var: Array
-
-
-def merge_stats(stats: RunningStats, obs: Array) -> RunningStats:
-    """Adds observations (steps, N, obs_dim), by the formula of Chan et al. (1979)."""
-    count = obs.shape[0] * obs.shape[1]
-    mean = obs.mean(axis=1).mean(axis=0)  # one axis at a time, against float32's rounding
-    var = jnp.square(obs - mean).mean(axis=1).mean(axis=0)
-    weight = count / (stats.count + count)  # of the new observations
-    delta = mean - stats.mean
-    # Without the old variance, the std would shrink with every batch, and normalised inputs grow.
-    var = stats.var + weight * (var - stats.var + (1 - weight) * jnp.square(delta))
-    return RunningStats(stats.count + count, stats.mean + weight * delta, var)
-
-
-def normalize(stats: RunningStats, obs: Array) -> Array:
-    std = jnp.maximum(jnp.sqrt(stats.var), 1e-6)
-    return jnp.clip((obs - stats.mean) / std, -10.0, 10.0)
-
-
 class MLP(nn.Module):
     """SiLU network (..., n) -> (..., sizes[-1]): kernels LeCun-uniform, biases 0."""
 
@@ -243,7 +222,7 @@ class Actor(nn.Module):
 class Agent(NamedTuple):
     actor: Network
     critic: Network
-    stats: RunningStats  # of observations
+    stats: running_statistics.RunningStatisticsState  # of observations
 
 
 def init_agent(args: Args, env: Any, key: Array) -> Agent:
@@ -252,7 +231,7 @@ def init_agent(args: Args, env: Any, key: Array) -> Agent:
     return Agent(
         actor=make_network(Actor(env.action_size), args.learning_rate, keys[0], obs),
         critic=make_network(MLP((256, 256, 256, 256, 256, 1)), args.learning_rate, keys[1], obs),
-        stats=RunningStats(jnp.zeros(()), jnp.zeros_like(obs), jnp.ones_like(obs)),
+        stats=running_statistics.init_state(obs),
     )
 
 
@@ -269,7 +248,7 @@ def log_prob_of_action(u: Array, mean: Array, std: Array) -> Array:
 
 def act(args: Args, agent: Agent, obs: Array, key: Array, deterministic: Any = False) -> tuple:
     """u (..., action_dim) at raw observations, and log pi(tanh(u) | s)."""
-    mean, std = agent.actor.apply_fn(agent.actor.params, normalize(agent.stats, obs))
+    mean, std = agent.actor.apply_fn(agent.actor.params, normalize(obs, agent.stats))
     u = mean + std * jnp.where(deterministic, 0.0, jax.random.normal(key, mean.shape))
     return u, log_prob_of_action(u, mean, std)
 
@@ -303,7 +282,7 @@ def rollout(args: Args, env: Any, agent: Agent, envs: Envs, key: Array) -> tuple
     # Each unroll is followed by the first observation of the next: unused if its episode has ended.
     ends = jnp.concatenate([steps.obs[T::T], envs.state.obs[None]])
     obs = jnp.concatenate([unrolls.obs, ends.reshape(-1, 1, ends.shape[-1])], axis=1)
-    obs = normalize(agent.stats, obs)
+    obs = normalize(obs, agent.stats)
     return envs, steps, unrolls._replace(obs=obs, reward=args.reward_scale * unrolls.reward)
 
 
@@ -413,7 +392,7 @@ def iteration(args: Args, env: Any, state: State) -> tuple[State, dict]:
     envs, steps, unrolls = rollout(args, env, state.agent, state.envs, rollout_key)
     agent, metrics = update(args, state.agent, unrolls, update_key)
     # Not before: rollout and update see the same statistics, so that ratios start at 1.
-    agent = agent._replace(stats=merge_stats(agent.stats, steps.obs))
+    agent = agent._replace(stats=running_statistics.update(agent.stats, steps.obs))
     metrics |= {"reward_mean": steps.reward.mean(), "nan_resets": steps.broken.sum()}
     metrics |= {"u_std": steps.u.std(), "u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
     return State(agent, envs, key), metrics
@@ -480,9 +459,8 @@ def load_checkpoint(args: Args, run_dir: Path, like: Any) -> tuple[Any, dict]:
     require(state is not None or not begun, args, "resume", "a run with a good checkpoint")
     for path in bad:
         path.replace(path.with_suffix(".bad"))
-    for path in [run_dir / f"{table}.csv" for table in ("eval", "train", "decoder", "refine")]:
-        if path.exists():
-            os.truncate(path, progress["logs"].get(path.name, 0))
+    for path in run_dir.glob("*.csv"):
+        os.truncate(path, progress["logs"].get(path.name, 0))
     return state, progress
 
 

@@ -179,18 +179,19 @@ def decoder(bench: Bench, kind: str, obs_dim: int = 17, action_dim: int = 6) -> 
     size, steps = bench.decoder_batch_size, 10
     args = replace(script.Args(), decoder_batch_size=size)
     rng, key = np.random.default_rng(0), jax.random.PRNGKey(0)
-    obs = np.float32(rng.normal(size=(steps * size, obs_dim)))
-    u = np.float32(rng.normal(size=(steps * size, action_dim)))
+    pairs = (steps + 1) * size  # ours holds a minibatch out
+    obs = np.float32(rng.normal(size=(pairs, obs_dim)))
+    u = np.float32(rng.normal(size=(pairs, action_dim)))
     env = SimpleNamespace(observation_size=obs_dim, action_size=action_dim)
     agent = script.init_agent(args, env, key)
-    pairs = script.Pairs(jnp.array(obs), jnp.array(u), jnp.zeros(len(u)))
+    pairs = script.Pairs(jnp.array(obs), jnp.array(u), *jnp.zeros((2, pairs)))
     epoch = jax.jit(partial(script.decoder_epoch, args))
     mine = [agent.decoder]
     their = their_decoder(bench, kind, obs_dim, action_dim)
     states, jitted = [their, their], jax.jit(type(their).train_step)
 
     def our_steps() -> Any:
-        mine[0], loss = epoch(mine[0], agent.stats, pairs, key)
+        mine[0], loss, _ = epoch(mine[0], agent, pairs, key, 0)
         return loss
 
     def their_steps(i: int) -> Any:

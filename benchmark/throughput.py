@@ -173,8 +173,8 @@ class Run:
         if self.gorl:
             pairs = jax.tree.map(lambda x: x[:, -samples:], fresh.recent)
             batch = args.decoder_batch_size
-            self.samples = pairs.u.shape[1] // batch * batch * args.num_seeds
-            learner = (fresh.agent.decoder, fresh.agent.stats, pairs, self.keys)
+            self.samples = (pairs.u.shape[1] // batch - 1) * batch * args.num_seeds
+            learner = (fresh.agent.decoder, fresh.agent, pairs, self.keys, 0)
             epoch = self.compile("decoder_epoch", *learner)
             self.calls["decoder_epoch"] = lambda: epoch(*learner)
 

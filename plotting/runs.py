@@ -36,6 +36,9 @@ INCIDENTAL |= {"track", "wandb_project_name", "wandb_entity"}
 GONE = {"max_grad_norm": 0.0, "target": "noise", "latent_penalty": "kl"}
 GONE |= {"reinit_critic": False, "decoder_from_scratch": False}
 
+# What today's arguments are in logs from before they were there.
+BEFORE = {"decoder_data": "recorded", "advantage_temperature": 0.0, "decoder_final_lr": 1.0}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -171,7 +174,8 @@ def settings_of(args: dict[str, Any]) -> dict[str, Any]:
     stem = Path(args["versions"]["script"]).stem
     default = usual_args(stem, args.get("preset", "paper"), args["total_timesteps"])
     different = {}
-    for name, value in args.items():
+    before = {name: value for name, value in BEFORE.items() if name in default}
+    for name, value in (before | args).items():
         usual = default.get(name)
         if isinstance(value, list) and len(value) == 1 and not isinstance(usual, list | tuple):
             value = value[0]  # the first version wrote a single number for all stages as a list

@@ -93,7 +93,8 @@ def trained(agent, key):
     obs_shape = agent.stats.mean.shape
     mean = jax.random.normal(keys[0], obs_shape)
     var = jax.random.uniform(keys[1], obs_shape, minval=0.5, maxval=2.0)
-    stats = agent.stats._replace(count=jnp.float32(1000), mean=mean, var=var)
+    stats = agent.stats.replace(mean=mean, std=jnp.sqrt(var), summed_variance=1000 * var)
+    stats = stats.replace(count=stats.count + 1000)
     policy = "encoder" if "encoder" in agent._fields else "actor"
     policy_network = trained_network(getattr(agent, policy), keys[2], 0.05)
     critic = trained_network(agent.critic, keys[3], 0.05)
@@ -101,7 +102,7 @@ def trained(agent, key):
     if policy == "actor":
         return agent
     decoder = trained_network(agent.decoder, keys[4], 0.1)
-    return agent._replace(decoder=decoder, decoder_stats=stats._replace(mean=mean + 0.5))
+    return agent._replace(decoder=decoder, decoder_stats=stats.replace(mean=mean + 0.5))
 
 
 def ended(process, timeout=300):

@@ -185,7 +185,7 @@ def test_gaussian_actions(make_args):
     """Otherwise actions are not drawn from the distribution whose density PPO uses."""
     args, agent = agent_of(ppo, make_args)
     obs = jnp.broadcast_to(jax.random.normal(KEY, (OBS,)), (20_000, OBS))
-    mean, std = agent.actor.apply_fn(agent.actor.params, ppo.normalize(agent.stats, obs))
+    mean, std = agent.actor.apply_fn(agent.actor.params, ppo.normalize(obs, agent.stats))
     u, log_prob = ppo.act(args, agent, obs, KEY)
     for i in range(ACT):
         assert stats.kstest(np.asarray((u - mean) / std)[:, i], "norm").pvalue > 1e-3
@@ -201,7 +201,7 @@ def fpo_pairs(make_args, **changes):
     args, agent = agent_of(fpo, make_args, **changes)
     obs = jax.random.normal(KEY, (4000, OBS))
     drawn = jax.jit(partial(fpo.act, args))(agent, obs, KEY)
-    return args, agent, fpo.normalize(agent.stats, obs), *drawn
+    return args, agent, fpo.normalize(obs, agent.stats), *drawn
 
 
 def test_flow_loss_is_that_of_the_predicted_noise(make_args):
@@ -347,7 +347,7 @@ def numpy_denoising(args, v_of, chain):
 
 def denoising_of(args, agent, obs, chain):
     """The same, with the agent's network at raw observations."""
-    params, obs = agent.actor.params, np.float64(dppo.normalize(agent.stats, obs))
+    params, obs = agent.actor.params, np.float64(dppo.normalize(obs, agent.stats))
     steps = args.denoising_steps
     return numpy_denoising(args, lambda a, t: numpy_velocity(params, obs, a, t / steps), chain)
 
@@ -464,7 +464,7 @@ def test_denoising_gradient_is_the_gradient_of_the_reward(make_args):
 
     actor = agent.actor.params
     reward, sample = act(actor)
-    batch = one_step_batch(dppo, dppo.normalize(agent.stats, obs), sample, reward)
+    batch = one_step_batch(dppo, dppo.normalize(obs, agent.stats), sample, reward)
     grads = loss_of(dppo, args, agent, batch)[0]["actor"]
 
     def moved(direction, h):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from brax.training.acme import running_statistics
 from conftest import GORL, name_of, trained
 from oracles import numpy_velocity, sizes
 from scipy import integrate, stats
@@ -27,7 +28,8 @@ def gorl(request):
 @pytest.fixture
 def make_args(make_args):
     """The paper's ten steps, which the numbers below are of."""
-    return partial(make_args, decoder_steps=10, decoder_buffer_size=100_000)
+    sizes = {"decoder_steps": 10, "decoder_buffer_size": 100_000, "stage_timesteps": ()}
+    return partial(make_args, **sizes)
 
 
 @pytest.fixture
@@ -159,7 +161,7 @@ def test_an_epoch_uses_every_pair_once(gorl, make_args, agent, seen_by):
     args = make_args(gorl, decoder_batch_size=4)
     obs = jnp.arange(19.0)[:, None] * jnp.ones(OBS)
     pairs = gorl.Pairs(obs, obs[:, :ACT] / 100, jnp.zeros(19), jnp.zeros(19))
-    scale = gorl.RunningStats(jnp.float32(1), jnp.zeros(OBS), jnp.full(OBS, 1e4))
+    scale = agent.stats.replace(std=jnp.full(OBS, 1e2))
     orders = []
     for epoch in range(3):
         seen, _ = seen_by(args, pairs, agent._replace(stats=scale), epoch=epoch)
@@ -238,7 +240,7 @@ def test_redrawn_pairs_are_the_frozen_policys(gorl, make_args, agent, seen_by, r
     draws = [seen_by(args, pairs, frozen, epoch=i)[0][0][1] for i in range(2)]
     assert (draws[0] != draws[1]).mean() > 0.99  # anew in each minibatch
     assert abs(np.corrcoef(draws)[0, 1]) < 0.03
-    normed = gorl.normalize(frozen.stats, state)
+    normed = gorl.normalize(state, frozen.stats)
     mean, std = (x[0] for x in frozen.encoder.apply_fn(frozen.encoder.params, normed))
     if refined:
         latent = jax.random.normal(jax.random.PRNGKey(1), (n, ACT)) * std + mean
@@ -493,7 +495,7 @@ def test_decode_follows_its_field(gorl, make_args, agent, steps):
     latent = jax.random.normal(KEY, (20, ACT))
     obs = jax.random.normal(KEY, (20, OBS))
     agent = trained(agent, KEY)
-    normed = (obs - agent.decoder_stats.mean) / jnp.sqrt(agent.decoder_stats.var)
+    normed = (obs - agent.decoder_stats.mean) / agent.decoder_stats.std
     fields = [lambda obs, a, t: a, lambda obs, a, t: t + 0 * a, lambda obs, a, t: obs[:, :ACT]]
     for field in fields:
         a = np.float64(latent)
@@ -516,7 +518,7 @@ def test_decoder_does_not_move_with_the_statistics(gorl, make_args, agent):
     args = make_args(gorl)
     agent = trained(agent, KEY)
     prior = agent._replace(encoder=new_agent(gorl, args).encoder)
-    stats = gorl.merge_stats(agent.stats, 5 + jnp.ones((1, 1000, OBS)))
+    stats = running_statistics.update(agent.stats, 5 + jnp.ones((1, 1000, OBS)))
     obs = jax.random.normal(KEY, (20, OBS))
     before, *_ = gorl.act(args, prior, obs, KEY)
     after, *_ = gorl.act(args, prior._replace(stats=stats), obs, KEY)
@@ -530,7 +532,7 @@ def test_evaluation_policy_decodes_the_mean(gorl, make_args, agent):
     args = make_args(gorl)
     agent = trained(agent, KEY)
     obs = jax.random.normal(KEY, (20, OBS))
-    normed = gorl.normalize(agent.stats, obs)
+    normed = gorl.normalize(obs, agent.stats)
     mean, std = agent.encoder.apply_fn(agent.encoder.params, normed)
     want = gorl.decode(args, agent, obs, mean)
     got, *_ = gorl.act(args, agent, obs, KEY, deterministic=True)
