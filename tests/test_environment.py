@@ -1,6 +1,7 @@
 """Environments and rollouts: resets, terminal states, broken physics, ratios of 1, seeds."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import jax

@@ -103,12 +103,14 @@ def test_differences_are_small(a, b, most):
 
 def test_readers_can_rely_on_the_size(script):
     """Otherwise scripts grow further while they are still too long."""
-    assert len(text(script).splitlines()) <= (810 if script in GORL else 690)
+    assert len(text(script).splitlines()) <= (810 if script in GORL else 670)
 
 
-@pytest.mark.xfail(strict=True, reason="the scripts are still 16 to 50 lines longer than wanted")
-def test_scripts_are_as_short_as_wanted(script):
+def test_scripts_are_as_short_as_wanted(script, request):
     """Otherwise a script is no longer read in one go."""
+    if script is not ppo_gaussian:
+        why = "the other scripts are still 20 to 50 lines longer than wanted"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
     assert len(text(script).splitlines()) <= (760 if script in GORL else 640)
 
 
