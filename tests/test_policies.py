@@ -186,12 +186,14 @@ def test_figure_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(style, "save", lambda figure, out, name: kept.append(figure) or [])
     small = {"num_envs": 64, "batch_size": 32, "num_minibatches": 2}
     monkeypatch.setattr(figure_1, "SIZES", figure_1.SIZES | small)
-    monkeypatch.setattr(figure_1, "METHODS", ("ppo_gaussian", "gorl_fm_ppo"))
+    two = {name: figure_1.METHODS[name] for name in ("PPO", "GoRL(FM), high-reward data")}
+    monkeypatch.setattr(figure_1, "METHODS", two)
     before = ppo_gaussian.make_env, signal.getsignal(signal.SIGTERM)
     *_, file = figure_1.draw(runs.Options(out=tmp_path), iterations=12, seeds=2, draws=2000)
     assert (ppo_gaussian.make_env, signal.getsignal(signal.SIGTERM)) == before
     record = json.loads(file.read_text())
-    gaussian, flow = record["closest Gaussian"][0], record["flow, GoRL(FM)'s decoder training"][0]
+    gaussian = record["Gaussian closest to it"][0]
+    flow = record["GoRL(FM)'s decoder trained on it"][0]
     x = np.linspace(-4, 4, 8001)
     best = figure_1.best_policy(x)
     assert np.trapezoid(best, x) == pytest.approx(1, abs=1e-3)
@@ -201,9 +203,12 @@ def test_figure_1(tmp_path, monkeypatch, capsys):
     middle = stats.norm.cdf(figure_1.PEAK / 2, 0, std) - stats.norm.cdf(-figure_1.PEAK / 2, 0, std)
     assert gaussian["between_peaks"] == pytest.approx(middle, abs=0.03) and gaussian["dip"] < 0.05
     assert flow["between_peaks"] < middle / 2
-    assert [len(record[paper.METHODS[m]]) for m in figure_1.METHODS] == [2, 2]
-    left, right = kept[0].axes
-    assert len(left.get_lines()) == 2 and len(right.get_lines()) == 4
+    assert [len(record[name]) for name in two] == [2, 2]
+    fitted, *panels = kept[0].axes
+    assert [len(panel.get_lines()) for panel in (fitted, *panels)] == [2, 2, 2]
+    for panel, name in zip(panels, two, strict=True):
+        mean = np.mean([seed["mean_reward"] for seed in record[name]])
+        assert panel.get_title() == f"{name}: {mean:.2f}"
     plt.close("all")
 
 
