@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from brax.training.acme import running_statistics  # Welford's algorithm
+from brax.training.acme import running_statistics
 from flax import linen as nn
 from flax.training.train_state import TrainState as Network  # parameters and Adam's state
 from jax import Array, P
@@ -113,7 +113,7 @@ CPU_PRESET = {"env_id": "CheetahRun", "total_timesteps": 1_200_000, "eval_every"
 CPU_PRESET |= {"num_envs": 128, "batch_size": 32, "num_minibatches": 16, "update_epochs": 8}
 
 
-# --- shared: checks, environment, statistics, layers ---
+# --- shared: checks, environment, layers ---
 def require(valid: bool, args: Args, name: str, allowed: str) -> None:
     """Unless `valid`, ends the program with one line on stderr and exit status 2."""
     if not valid:
@@ -148,7 +148,7 @@ class Envs(NamedTuple):
 
 def make_env(args: Args) -> Any:
     """An environment of Playground; ends the program if it is none that can be used."""
-    import mujoco  # these take seconds, for which --help need not wait
+    import mujoco
     from mujoco_playground import registry
 
     mujoco.set_mju_user_warning(lambda text: None)  # of attributes in Playground's own files
@@ -211,7 +211,7 @@ class MLP(nn.Module):
         return rows.reshape(*x.shape[:-1], -1)
 
 
-def make_network(module: nn.Module, learning_rate: float, key: Array, *inputs: Array) -> Network:
+def make_network(module: nn.Module, learning_rate: Any, key: Array, *inputs: Array) -> Network:
     params = module.init(key, *inputs)
     return Network.create(apply_fn=module.apply, params=params, tx=optax.adam(learning_rate))
 
@@ -492,8 +492,8 @@ def load_checkpoint(args: Args, run_dir: Path, like: Any) -> tuple[Any, dict]:
     require(state is not None or not begun, args, "resume", "a run with a good checkpoint")
     for path in bad:
         path.replace(path.with_suffix(".bad"))
-    for path in run_dir.glob("*.csv"):
-        os.truncate(path, progress["logs"].get(path.name, 0))
+    for name in {"eval.csv", "train.csv", "decoder.csv", "refine.csv"} & set(os.listdir(run_dir)):
+        os.truncate(run_dir / name, progress["logs"].get(name, 0))
     return state, progress
 
 

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from brax.training.acme import running_statistics  # Welford's algorithm
+from brax.training.acme import running_statistics
 from flax import linen as nn
 from flax.training.train_state import TrainState as Network  # parameters and Adam's state
 from jax import Array, P
@@ -86,8 +86,8 @@ class Args:
     decoder_epochs: int = 50
     decoder_batch_size: int = 8192  # pairs (s, u)
     decoder_learning_rate: float = 3e-4
-    decoder_final_lr: float = 0.0  # by cosine decay, as a fraction of the first; 1: no decay
-    decoder_buffer_size: int = 10_000_000  # a stage's most recent pairs train the next decoder
+    decoder_lr_ratio: float = 0.0  # the last rate over the first, by cosine decay; 1: no decay
+    decoder_buffer_size: int = 10_000_000  # most recent pairs that train a decoder, of its stage
     decoder_data: Literal["recorded", "redrawn"] = "recorded"  # redrawn: u anew in each minibatch
     advantage_temperature: float = 0.0  # T of a pair's weight, min(exp(advantage / T), 20); 0: none
     decoder_steps: int = 10  # noise levels of the diffusion, and steps of DDIM
@@ -103,7 +103,7 @@ class Args:
         return [int(2 * steps + size) // (2 * size) for steps in np.cumsum(self.stage_timesteps)]
 
     @property
-    def decoder_pairs(self) -> int:  # for each: no more than the shortest stage before one has
+    def decoder_pairs(self) -> int:  # for each decoder; the shortest refined stage has as many
         stages = np.diff([0, *self.stage_ends])[:-1] * self.steps_per_iteration
         return int(min([self.decoder_buffer_size, *stages]))
 
@@ -115,7 +115,7 @@ class Args:
         require(valid, self, "total_timesteps", f"the sum of --stage-timesteps, {sum(stages)}")
         args = replace(self, stage_timesteps=stages, total_timesteps=sum(stages))
         counts = ("stage_timesteps", "decoder_epochs", "decoder_batch_size", "decoder_buffer_size")
-        weights = ("kl_coef", "decoder_learning_rate", "decoder_final_lr", "advantage_temperature")
+        weights = ("kl_coef", "decoder_learning_rate", "decoder_lr_ratio", "advantage_temperature")
         check_common(args, counts, weights)
         require(args.decoder_steps > 1, args, "decoder_steps", "at least 2: 1 forgets the latent")
         allowed = f"stages (see --total-timesteps) of {args.steps_per_iteration} steps or more each"
@@ -133,7 +133,7 @@ CPU_PRESET |= {"decoder_epochs": 25, "decoder_batch_size": 256, "decoder_buffer_
 CPU_PRESET |= {"decoder_learning_rate": 3e-3}
 
 
-# --- shared: checks, environment, statistics, layers ---
+# --- shared: checks, environment, layers ---
 def require(valid: bool, args: Args, name: str, allowed: str) -> None:
     """Unless `valid`, ends the program with one line on stderr and exit status 2."""
     if not valid:
@@ -168,7 +168,7 @@ class Envs(NamedTuple):
 
 def make_env(args: Args) -> Any:
     """An environment of Playground; ends the program if it is none that can be used."""
-    import mujoco  # these take seconds, for which --help need not wait
+    import mujoco
     from mujoco_playground import registry
 
     mujoco.set_mju_user_warning(lambda text: None)  # of attributes in Playground's own files
@@ -231,7 +231,7 @@ class MLP(nn.Module):
         return rows.reshape(*x.shape[:-1], -1)
 
 
-def make_network(module: nn.Module, learning_rate: float, key: Array, *inputs: Array) -> Network:
+def make_network(module: nn.Module, learning_rate: Any, key: Array, *inputs: Array) -> Network:
     params = module.init(key, *inputs)
     return Network.create(apply_fn=module.apply, params=params, tx=optax.adam(learning_rate))
 
@@ -264,8 +264,7 @@ class Denoiser(nn.Module):
         return MLP((64, 64, 64, 64, a.shape[-1]), zero_last=True)(x)
 
 
-def noise_angles(steps: int) -> Array:
-    """phi_t for t = 0 .. D (Eq. 16): alpha_bar_t = cos^2(phi_t), the cosine schedule."""
+def noise_angles(steps: int) -> Array:  # phi_t of the cosine schedule (Eq. 16), t = 0 .. D
     x = (np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2
     return jnp.float32(np.arccos(np.cos(x) / np.cos(x[0])))
 
@@ -284,7 +283,7 @@ def init_agent(args: Args, env: Any, key: Array) -> Agent:
     obs, u, t = jnp.zeros(env.observation_size), jnp.zeros(env.action_size), jnp.zeros(())
     stats = running_statistics.init_state(obs)
     steps = args.decoder_epochs * (args.decoder_pairs // args.decoder_batch_size - 1)
-    lr = optax.cosine_decay_schedule(args.decoder_learning_rate, steps, args.decoder_final_lr)
+    lr = optax.cosine_decay_schedule(args.decoder_learning_rate, steps, args.decoder_lr_ratio)
     return Agent(
         encoder=make_network(Encoder(env.action_size), args.learning_rate, keys[0], obs),
         critic=make_network(MLP((256, 256, 256, 256, 256, 1)), args.learning_rate, keys[1], obs),
@@ -453,7 +452,7 @@ class Pairs(NamedTuple):  # what a decoder is trained on, (n, ...)
 class State(NamedTuple):  # all that changes in the training of a seed
     agent: Agent
     envs: Envs
-    recent: Pairs  # the last decoder_buffer_size of them
+    recent: Pairs  # the last decoder_pairs of them
     key: Array
 
 
@@ -480,8 +479,8 @@ def iteration(args: Args, env: Any, state: State, clip_eps: Any) -> tuple[State,
     value = agent.critic.apply_fn(agent.critic.params, unrolls.obs).squeeze(-1)
     _, advantage = gae(args, unrolls, value)
     advantage = advantage.reshape(-1, args.num_envs, args.unroll_length).swapaxes(1, 2)
-    columns = (steps.obs, steps.u, steps.reward, advantage.reshape(steps.reward.shape))
-    pairs = Pairs(*[x.reshape(-1, *x.shape[2:]) for x in columns])
+    pairs = Pairs(steps.obs, steps.u, steps.reward, advantage)  # (S, N, ...) -> (S * N, ...)
+    pairs = jax.tree.map(lambda x, old: x.reshape(-1, *old.shape[1:]), pairs, state.recent)
     recent = jax.tree.map(lambda *x: jnp.concatenate(x)[-args.decoder_pairs :], state.recent, pairs)
     metrics |= {"reward_mean": steps.reward.mean(), "nan_resets": steps.broken.sum()}
     metrics |= {"u_std": steps.u.std(), "u_beyond_5": (jnp.abs(steps.u) > 5).mean()}
@@ -504,12 +503,13 @@ def denoising_loss(params: Any, args: Args, decoder: Network, obs: Array, u: Arr
 
 def decoder_epoch(args: Args, decoder: Network, agent: Agent, pairs: Pairs, key: Array, epoch: Any):
     """One pass over recent pairs of the agent, (n, ...): the decoder, mean and held-out loss."""
-    split_key, test_key = jax.random.split(key)
-    rows_key, loss_key = jax.random.split(jax.random.fold_in(key, epoch))
-    size = args.decoder_batch_size
-    held_out, rows = jnp.split(jax.random.permutation(split_key, len(pairs.u)), [size])
-    rows = jax.random.permutation(rows_key, rows)  # of the same split in every epoch
-    temperature = args.advantage_temperature or np.inf  # at which every weight is 1
+    split_key, test_key, epochs_key = jax.random.split(key, 3)
+    rows_key, loss_key = jax.random.split(jax.random.fold_in(epochs_key, epoch))
+    rows = jax.random.permutation(split_key, len(pairs.u))
+    held_out, rows = jnp.split(rows, [args.decoder_batch_size])  # the same in every epoch
+    rows = jax.random.permutation(rows_key, rows)
+    # High-reward data (Algorithm 1, line 17): an infinite temperature weighs all pairs alike.
+    temperature = args.advantage_temperature if args.advantage_temperature > 0 else np.inf
     weight = jnp.minimum(jnp.exp(jax.nn.standardize(pairs.advantage) / temperature), 20.0)
 
     def loss(params, rows, key):
@@ -517,15 +517,15 @@ def decoder_epoch(args: Args, decoder: Network, agent: Agent, pairs: Pairs, key:
         obs, u = pairs.obs[rows], pairs.u[rows]
         if args.decoder_data == "redrawn":
             u, *_ = act(args, agent, obs, u_key)
-        error = denoising_loss(params, args, decoder, normalize(obs, agent.stats), u, noise_key)
-        return (weight[rows] * error).mean()
+        losses = denoising_loss(params, args, decoder, normalize(obs, agent.stats), u, noise_key)
+        return (weight[rows] * losses).mean()
 
     def minibatch_step(decoder, rows_and_key):
-        error, grads = jax.value_and_grad(loss)(decoder.params, *rows_and_key)
-        return decoder.apply_gradients(grads=grads), error
+        value, grads = jax.value_and_grad(loss)(decoder.params, *rows_and_key)
+        return decoder.apply_gradients(grads=grads), value
 
-    batches = len(rows) // size
-    xs = rows[: batches * size].reshape(batches, size), jax.random.split(loss_key, batches)
+    batches = len(rows) // len(held_out)
+    xs = rows[: batches * len(held_out)].reshape(batches, -1), jax.random.split(loss_key, batches)
     decoder, losses = jax.lax.scan(minibatch_step, decoder, xs)
     return decoder, losses.mean(), loss(decoder.params, held_out, test_key)
 
@@ -591,8 +591,8 @@ def load_checkpoint(args: Args, run_dir: Path, like: Any) -> tuple[Any, dict]:
     require(state is not None or not begun, args, "resume", "a run with a good checkpoint")
     for path in bad:
         path.replace(path.with_suffix(".bad"))
-    for path in run_dir.glob("*.csv"):
-        os.truncate(path, progress["logs"].get(path.name, 0))
+    for name in {"eval.csv", "train.csv", "decoder.csv", "refine.csv"} & set(os.listdir(run_dir)):
+        os.truncate(run_dir / name, progress["logs"].get(name, 0))
     return state, progress
 
 
@@ -733,13 +733,13 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         # Phase 2: the decoder learns to turn N(0, I) into the recent u; the encoder is frozen.
         next_state = init(init_keys, stage + 1)
         decoder = next_state.agent.decoder.replace(params=state.agent.decoder.params)
+        keys = fold_in(decoder_keys, stage)
         for epoch in range(args.decoder_epochs):
-            keys = fold_in(decoder_keys, stage)
             decoder, loss, held_out = refine(decoder, state.agent, state.recent, keys, epoch)
             row = jax.device_get({"epoch": epoch, "loss": loss, "held_out_loss": held_out})
             log(args, run_dir, "decoder", stage=stage + 1, **row)
             bar.set_description(f"decoder {stage + 1}, epoch {epoch}")
-            if not np.isfinite(row["loss"]).all():
+            if not np.isfinite(row["loss"] + row["held_out_loss"]).all():
                 raise FloatingPointError(f"decoder {stage + 1}, epoch {epoch}: loss is not finite")
             if stop_signals:
                 raise SystemExit(128 + signal.SIGTERM)

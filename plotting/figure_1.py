@@ -199,7 +199,7 @@ def draw(
         panel.grid(visible=False)
     text = "Densities of u, scaled to a top of 1. One state, one action, a reward with two equal "
     text += f"peaks of 1. Each method's title has its mean reward over {seeds} seeds, a line each."
-    style.finish(figure, panels, text, columns=4)
+    style.finish(figure, panels, text, columns=2)
     files = style.save(figure, options.out, "figure_1")
     (file := options.out / "figure_1.json").write_text(json.dumps(record, indent=1))
     return [*files, file]

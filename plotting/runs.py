@@ -37,7 +37,7 @@ GONE = {"max_grad_norm": 0.0, "target": "noise", "latent_penalty": "kl"}
 GONE |= {"reinit_critic": False, "decoder_from_scratch": False}
 
 # What today's arguments are in logs from before they were there.
-BEFORE = {"decoder_data": "recorded", "advantage_temperature": 0.0, "decoder_final_lr": 1.0}
+BEFORE = {"decoder_data": "recorded", "advantage_temperature": 0.0, "decoder_lr_ratio": 1.0}
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ BAD_GORL = [
     ("decoder-batch-size", "--decoder-batch-size 0"),
     ("decoder-buffer-size", "--decoder-buffer-size 0"),
     ("decoder-batch-size", "--decoder-buffer-size 10000"),
-    ("decoder-final-lr", "--decoder-final-lr -1"),
+    ("decoder-lr-ratio", "--decoder-lr-ratio -1"),
     ("advantage-temperature", "--advantage-temperature nan"),
     ("decoder-data", "--decoder-data redrawn --advantage-temperature 0.5"),
     ("decoder-steps", "--decoder-steps 0"),

@@ -131,15 +131,16 @@ def test_decoder_learns_two_modes(gorl, make_args, agent):
 
 @pytest.fixture
 def seen_by(gorl, make_args, agent, monkeypatch):
-    """obs and u of the batches that an epoch's loss sees, the held-out one last, and its losses."""
+    """obs, u, key of the batches that an epoch's loss sees, the held-out one last; its losses."""
 
     def run(args, pairs, agent=agent, key=KEY, epoch=0):
         seen = []
 
         def loss(params, *rest):
-            *_, obs, u, _ = rest
+            *_, obs, u, key = rest
+            record = obs[:, 0], u[:, 0], key
             jax.debug.callback(
-                lambda *x: seen.append(np.array(x)), obs[:, 0], u[:, 0], ordered=True
+                lambda *x: seen.append(list(map(np.array, x))), *record, ordered=True
             )
             return obs[:, 0] + sum(leaf.sum() for leaf in jax.tree.leaves(params))
 
@@ -162,17 +163,20 @@ def test_an_epoch_uses_every_pair_once(gorl, make_args, agent, seen_by):
     obs = jnp.arange(19.0)[:, None] * jnp.ones(OBS)
     pairs = gorl.Pairs(obs, obs[:, :ACT] / 100, jnp.zeros(19), jnp.zeros(19))
     scale = agent.stats.replace(std=jnp.full(OBS, 1e2))
-    orders = []
+    orders, keys = [], []
     for epoch in range(3):
         seen, _ = seen_by(args, pairs, agent._replace(stats=scale), epoch=epoch)
         assert len(seen) == 4  # batches of 4, one held out; 3 wait for the next epoch's shuffle
-        for obs, u in seen:
+        for obs, u, _ in seen:
             np.testing.assert_allclose(obs, u, rtol=1e-6)
-        orders.append(np.round(100 * np.concatenate([u for _, u in seen])).astype(int))
+        keys.append([tuple(key.tolist()) for *_, key in seen])
+        orders.append(np.round(100 * np.concatenate([u for _, u, _ in seen])).astype(int))
         assert len(set(orders[-1])) == 16
     assert (orders[0][-4:] == orders[1][-4:]).all()
     assert (orders[0][-4:] == orders[2][-4:]).all()
     assert (orders[0] != orders[1]).any()
+    assert len({key for epoch in keys for key in epoch[:3]}) == 9  # noise is drawn anew
+    assert len({epoch[3] for epoch in keys}) == 1  # but that of the held-out loss
     trained_on = set(np.concatenate([order[:-4] for order in orders]))
     assert trained_on == set(range(19)) - set(orders[0][-4:])
 
@@ -191,7 +195,7 @@ def test_weights_of_the_pairs(gorl, make_args, agent, seen_by, temperature):
     weight = dict(zip(np.float32(obs[:, 0]), weights, strict=True))
     assert max(weight.values()) == 20
     assert min(weight.values()) < 0.5
-    want = [np.mean([weight[x] * x for x in batch]) for batch, _ in seen]
+    want = [np.mean([weight[x] * x for x in batch]) for batch, *_ in seen]
     np.testing.assert_allclose(losses, [np.mean(want[:-1]), want[-1]], rtol=1e-4)
 
 
@@ -237,9 +241,14 @@ def test_redrawn_pairs_are_the_frozen_policys(gorl, make_args, agent, seen_by, r
     state = frozen.stats.mean + 0.5
     n = 40_000
     pairs = gorl.Pairs(state * jnp.ones((n, 1)), jnp.full((n, ACT), 9.0), *jnp.zeros((2, n)))
-    draws = [seen_by(args, pairs, frozen, epoch=i)[0][0][1] for i in range(2)]
-    assert (draws[0] != draws[1]).mean() > 0.99  # anew in each minibatch
-    assert abs(np.corrcoef(draws)[0, 1]) < 0.03
+    (_, first, key), (_, held_out, _) = seen_by(args, pairs, frozen)[0]
+    (_, second, _), (_, held_out_again, _) = seen_by(args, pairs, frozen, epoch=1)[0]
+    draws = [first, second]
+    np.testing.assert_array_equal(held_out, held_out_again)
+    assert (first != second).mean() > 0.99  # anew whenever a pair is seen
+    noise = jax.random.normal(jax.random.split(key)[1], (len(first), 8, ACT))[:, 0, 0]
+    correlation = np.corrcoef([first, second, noise])  # the loss draws its noise so
+    assert np.abs(correlation - np.eye(3)).max() < 0.03
     normed = gorl.normalize(state, frozen.stats)
     mean, std = (x[0] for x in frozen.encoder.apply_fn(frozen.encoder.params, normed))
     if refined:
@@ -267,7 +276,7 @@ def test_held_out_loss_shows_overfitting(gorl, make_args, agent):
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 def test_learning_rate_of_a_refinement(gorl, make_args, final):
     """Otherwise a refinement does not end at its final rate: Adam's steps at a constant slope."""
-    args = make_args(gorl, decoder_epochs=5, decoder_buffer_size=60, decoder_final_lr=final)
+    args = make_args(gorl, decoder_epochs=5, decoder_buffer_size=60, decoder_lr_ratio=final)
     args = replace(args, decoder_learning_rate=1e-2)
     decoder = new_agent(gorl, args).decoder
     before = jax.tree.leaves(decoder.params)[0]

@@ -288,7 +288,7 @@ def test_iteration(make_args, point_mass):
     state = state._replace(agent=state.agent._replace(stats=empty))
     run = jax.jit(partial(gorl.iteration, args, point_mass))
     new, metrics = run(state, CLIP_EPS)
-    obs, u, reward, _ = (np.float64(x[-40:]) for x in new.recent)
+    obs, u, reward, advantage = (np.float64(x[-40:]) for x in new.recent)
     assert new.agent.stats.count.lo == 40
     np.testing.assert_allclose(new.agent.stats.mean, obs.mean(0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(new.agent.stats.std, obs.std(0), rtol=1e-4)
@@ -298,8 +298,20 @@ def test_iteration(make_args, point_mass):
     np.testing.assert_allclose(metrics["reward_mean"], reward.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["u_std"], u.std(), rtol=1e-4)
     np.testing.assert_allclose(metrics["u_beyond_5"], (np.abs(u) > 5).mean(), rtol=1e-5)
+    # Advantages are those of the critic after the update, at observations as it was trained on.
+    keys = jax.random.split(state.key, 3)
+    _, _, unrolls = gorl.rollout(args, point_mass, state.agent, state.envs, keys[1])
+    value = new.agent.critic.apply_fn(new.agent.critic.params, unrolls.obs)[..., 0]
+    _, by_unroll = gorl.gae(args, unrolls, value)
+    want = [by_unroll[4 * (i // 5) + j, i % 5] for i in range(10) for j in range(4)]
+    np.testing.assert_allclose(advantage, want, rtol=1e-3, atol=1e-4)
+
     again, _ = run(new, CLIP_EPS)
     assert (again.recent.u[-40:] != new.recent.u[-40:]).mean() > 0.9
+    both = np.concatenate([obs, again.recent.obs[-40:]])
+    assert again.agent.stats.count.lo == 80
+    np.testing.assert_allclose(again.agent.stats.mean, both.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(again.agent.stats.std, both.std(0), rtol=1e-4)
 
 
 def test_a_decoder_learns_from_its_stage_alone(make_args, point_mass, monkeypatch, tmp_path):

@@ -186,6 +186,7 @@ def test_figure_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(style, "save", lambda figure, out, name: kept.append(figure) or [])
     small = {"num_envs": 64, "batch_size": 32, "num_minibatches": 2}
     monkeypatch.setattr(figure_1, "SIZES", figure_1.SIZES | small)
+    monkeypatch.setattr(figure_1, "DECODER", figure_1.DECODER | {"decoder_batch_size": 64})
     two = {name: figure_1.METHODS[name] for name in ("PPO", "GoRL(FM), high-reward data")}
     monkeypatch.setattr(figure_1, "METHODS", two)
     before = ppo_gaussian.make_env, signal.getsignal(signal.SIGTERM)
