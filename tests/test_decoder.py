@@ -216,7 +216,7 @@ def test_an_infinite_temperature_weighs_nothing(gorl, make_args, agent):
 def test_weights_move_the_distribution(gorl, make_args, agent):
     """Otherwise the decoder does not learn the weighted data: three actions, exact weights."""
     r = np.random.default_rng(0)
-    label = r.integers(0, 3, 2**14)
+    label = r.integers(0, 3, 2**13)
     u = 2.0 * (label - 1)[:, None] * np.ones(ACT)
     advantage = np.array([-1.0, 0.5, 1.0])[label] + 0.3 * r.normal(size=len(label))
     args = make_args(gorl, decoder_batch_size=256, decoder_learning_rate=2e-3)
