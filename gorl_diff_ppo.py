@@ -736,7 +736,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
         keys = fold_in(decoder_keys, stage)
         for epoch in range(args.decoder_epochs):
             decoder, loss, held_out = refine(decoder, state.agent, state.recent, keys, epoch)
-            row = jax.device_get({"epoch": epoch, "loss": loss, "held_out_loss": held_out})
+            row = {"epoch": epoch, "loss": np.asarray(loss), "held_out_loss": np.asarray(held_out)}
             log(args, run_dir, "decoder", stage=stage + 1, **row)
             bar.set_description(f"decoder {stage + 1}, epoch {epoch}")
             if not np.isfinite(row["loss"] + row["held_out_loss"]).all():

@@ -112,8 +112,8 @@ def test_decoder_learns_two_modes(gorl, make_args, agent):
         return r.choice([-1, 1], (len(obs), 1)) * mode + 0.1 * r.normal(size=mode.shape)
 
     obs = r.uniform(-1, 1, (2**14, OBS))
-    args = make_args(gorl, decoder_batch_size=256, decoder_learning_rate=2e-3)
-    agent, _ = train(gorl, args, new_agent(gorl, args), obs, draw(obs), 25)
+    args = make_args(gorl, decoder_batch_size=256, decoder_learning_rate=3e-3)
+    agent, _ = train(gorl, args, new_agent(gorl, args), obs, draw(obs), 15)
     for state in ([0.8, -0.8, 0.3], [-0.8, 0.8, 0.3]):
         states = np.tile(state, (1500, 1))
         latent = jax.random.normal(jax.random.PRNGKey(1), (1500, ACT))
@@ -219,9 +219,9 @@ def test_weights_move_the_distribution(gorl, make_args, agent):
     label = r.integers(0, 3, 2**13)
     u = 2.0 * (label - 1)[:, None] * np.ones(ACT)
     advantage = np.array([-1.0, 0.5, 1.0])[label] + 0.3 * r.normal(size=len(label))
-    args = make_args(gorl, decoder_batch_size=256, decoder_learning_rate=2e-3)
+    args = make_args(gorl, decoder_batch_size=256, decoder_learning_rate=3e-3)
     args = replace(args, advantage_temperature=1.0)
-    agent, _ = train(gorl, args, agent, np.zeros((len(u), OBS)), u, 25, advantage)
+    agent, _ = train(gorl, args, agent, np.zeros((len(u), OBS)), u, 20, advantage)
     latent = jax.random.normal(jax.random.PRNGKey(1), (5000, ACT))
     got = np.asarray(gorl.decode(args, agent, jnp.zeros((5000, OBS)), latent))
     nearest = np.clip(np.round(got[:, 0] / 2), -1, 1).astype(int) + 1
