@@ -89,7 +89,7 @@ class Args:
     decoder_lr_ratio: float = 0.0  # the last rate over the first, by cosine decay; 1: no decay
     decoder_buffer_size: int = 10_000_000  # most recent pairs that train a decoder, of its stage
     decoder_data: Literal["recorded", "redrawn"] = "recorded"  # redrawn: u anew in each minibatch
-    advantage_temperature: float = 0.0  # T of a pair's weight, min(exp(advantage / T), 20); 0: none
+    advantage_temperature: float = 0.5  # T of a pair's weight, min(exp(advantage / T), 20); 0: none
     decoder_steps: int = 10  # Euler steps of the flow
     decoder_from: str | None = None  # a policy file with the decoder to start from (Figure 6)
 
@@ -122,7 +122,7 @@ class Args:
         valid = args.decoder_batch_size <= args.decoder_pairs // 2  # one minibatch is held out
         require(valid, args, "decoder_batch_size", f"at most half of {args.decoder_pairs} pairs")
         valid = args.decoder_data == "recorded" or args.advantage_temperature == 0
-        require(valid, args, "decoder_data", "recorded, if pairs are to have advantages")
+        require(valid, args, "decoder_data", "recorded, or redrawn at --advantage-temperature 0")
         return args
 
 

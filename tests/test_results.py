@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plotting import reproduction
+from plotting import aggregate, reproduction
 from plotting.paper import METHODS, TABLE_1, TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -108,9 +108,12 @@ FOLDERS = {"CheetahRun": "cpu_preset", "FingerSpin": "finger_spin_3m"}  # of the
 
 
 def table_folder(task, method):
-    """The run of a row of README.md's tables. DPPO's chain on CheetahRun is a later one."""
-    if (task, method) == ("CheetahRun", "DPPO"):
-        return RESULTS / "cpu_preset_dppo" / "sum"
+    """The run of a row of README.md's tables. On CheetahRun all but FPO's are later ones."""
+    later = {"PPO": "decoder_data/ppo_gaussian", "DPPO": "cpu_preset_dppo/sum"}
+    later |= {"GoRL(FM)": "decoder_data/recent_weighted"}
+    later |= {"GoRL(DIFF)": "decoder_data/diff_recent_weighted"}
+    if task == "CheetahRun" and method in later:
+        return RESULTS / later[method]
     return RESULTS / FOLDERS[task] / STEMS[method]
 
 
@@ -338,9 +341,9 @@ WARM = ("", "lower quartile", "median", "upper quartile")
 
 def test_table_of_warm_starts():
     """Otherwise a statement about the method rests on numbers that no run has had."""
-    files = sorted(RESULTS.rglob("refine.csv"))
+    files = [file for file in RESULTS.rglob("refine.csv") if "decoder_data" not in file.parts]
     refinements = [row for file in files for row in csv.DictReader(file.read_text().splitlines())]
-    assert f"in all {len(refinements)} refinements" in PAGE.read_text()
+    assert f"in the {len(refinements)} refinements" in PAGE.read_text()
     columns = ("return_before", "return_after", "reward_mean")
     before, after, reward = (
         np.array([float(row[name]) for row in refinements]) for name in columns
@@ -349,6 +352,72 @@ def test_table_of_warm_starts():
     for (_, *cells), ratio in zip(tables(PAGE)[WARM], want, strict=True):
         for cell, quantile in zip(cells, (0.25, 0.5, 0.75), strict=True):
             check(cell, [np.quantile(ratio, quantile)])
+
+
+REFINED = (
+    "decoder's data",
+    "after / before, stochastic",
+    "after / before, deterministic",
+    "of 15 that gain",
+    "folder",
+)
+ENDS = (
+    "decoder's data",
+    "last return, seeds 1 to 5",
+    "mean ± std",
+    "last return, IQM",
+    "area under the curve, IQM",
+    "P(ends above PPO)",
+)
+
+
+def test_tables_of_the_decoders_data():
+    """Otherwise the decoder's defaults rest on numbers that no run has had."""
+    rows = tables(PAGE)[REFINED]
+    folders = {name: RESULTS / folder.strip("`/") for name, *_, folder in rows}
+    assert len(folders) == 7
+    for name, *cells, gain, _ in rows:
+        with (folders[name] / "refine.csv").open() as file:
+            refine = [{k: float(x) for k, x in row.items()} for row in csv.DictReader(file)]
+        assert len(refine) == 15
+        for cell, kind in zip(cells, ("return", "deterministic"), strict=True):
+            ratio = np.array([row[f"{kind}_after"] / row[f"{kind}_before"] for row in refine])
+            check(cell, np.median(ratio.reshape(3, 5), axis=1))  # rows are by stage, then seed
+            if kind == "return":
+                check(gain, [(ratio > 1).sum()])
+    rows = tables(PAGE)[ENDS]
+    folders = {"Gaussian PPO": RESULTS / "decoder_data/ppo_gaussian"} | folders
+    assert [row[0] for row in rows] == list(folders)
+    ends = {name: at(folder) for name, folder in folders.items()}
+    areas = {
+        name: np.array([np.mean(list(curve.values())) for curve in evaluations(folder).values()])
+        for name, folder in folders.items()
+    }
+
+    def statistics(values):
+        named = {name.replace("Gaussian PPO", aggregate.BASELINE): x for name, x in values.items()}
+        return aggregate.statistics({name: x[:, None] for name, x in named.items()}, reps=2000)
+
+    (iqm, better), (area, _) = statistics(ends), statistics(areas)
+    for name, last, spread, *intervals in rows:
+        key = name.replace("Gaussian PPO", aggregate.BASELINE)
+        check(last, ends[name])
+        check(spread, [ends[name].mean(), ends[name].std(ddof=1)])
+        for cell, values in zip(intervals, (iqm, area, better), strict=True):
+            check(cell, values.get(key, ()))
+
+
+STAGE_0 = ("clip range of stage 0", "return at 0.2M steps", "return at 0.4M steps", "folder")
+
+
+def test_table_of_stage_0():
+    """Otherwise stage 0's clip range rests on numbers that no run has had."""
+    rows = tables(PAGE)[STAGE_0]
+    assert len(rows) == 4
+    for *_, early, late, folder in rows:
+        run = RESULTS / folder.strip("`/")
+        check(early, at(run, 215_040))
+        check(late, at(run, 414_720 if run.name == "ppo_gaussian" else 399_360))
 
 
 RECENT = (
@@ -489,5 +558,5 @@ def test_no_table_is_forgotten():
     versions = {header for header in tables(README) if "JAX 0.10.2" in "".join(header)}
     assert set(tables(README)) == checked | words | versions
     checked = {PAGE_HEADER, PACKED, BRAX, NORMS, WARM, STAGES, DISCOUNTS, RECENT, REWRITTEN}
-    checked |= {SETTINGS, LONGER, NOISE, COLLAPSE}
+    checked |= {SETTINGS, LONGER, NOISE, COLLAPSE, REFINED, ENDS, STAGE_0}
     assert set(tables(PAGE)) == checked | {("the paper", "seen at this size")}
