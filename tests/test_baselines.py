@@ -57,7 +57,7 @@ def loss_of(script, args, agent, batch, params=None, key=KEY):
 
 def test_ratios_start_at_one(script, make_args):
     """Otherwise the first update already treats the rollout as another policy's."""
-    changes = {} if script in GORL else {"clip_eps": 1e-4}
+    changes = {"stage_timesteps": ()} if script in GORL else {"clip_eps": 1e-4}
     args, agent = agent_of(script, make_args, Walled(), batch_size=32, **changes)
     batch = rolled_out(script, args, agent)
     _, metrics = loss_of(script, args, agent, batch)

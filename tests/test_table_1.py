@@ -90,15 +90,16 @@ def test_cells_are_stopped_gone_on_with_and_skipped(tmp_path):
 def test_a_run_of_other_arguments(tmp_path, monkeypatch):
     """Otherwise a cell goes on with a run of other sizes, or refuses its own."""
     folder = tmp_path / "runs/table_1/FishSwim/gorl_fm_ppo"
-    line = ["--env-id", "FishSwim", "--num-seeds", "2", *TINY, "--runs-dir", str(folder)]
+    tiny = [*TINY, "--decoder-batch-size", "16"]
+    line = ["--env-id", "FishSwim", "--num-seeds", "2", *tiny, "--runs-dir", str(folder)]
     monkeypatch.setattr(sys, "argv", ["gorl_fm_ppo.py", *line])
     made = gorl_fm_ppo.make_run_dir(gorl_fm_ppo.parse_args(), "toy")
     one = "--tasks FishSwim --methods gorl_fm_ppo --num-seeds 2 --dry-run".split()
-    same = run(tmp_path, *one, tiny=[*TINY, "--track", "--wandb-entity", "me"])
+    same = run(tmp_path, *one, tiny=[*tiny, "--track", "--wandb-entity", "me"])
     assert same.returncode == 0, same.err
     words = f"python gorl_fm_ppo.py --resume {made.relative_to(tmp_path)} --track"
     assert words in same.out and "--wandb-entity me" in same.out
-    other = run(tmp_path, *one, tiny=[*TINY, "--gamma", "0.8"])
+    other = run(tmp_path, *one, tiny=[*tiny, "--gamma", "0.8"])
     assert other.returncode == 2 and "table_1.py: --gamma: got 0.8; takes that of" in other.err
     assert other.err.count("\n") == 1
 
