@@ -913,6 +913,18 @@ def test_all_draws_what_it_can(tmp_path, capsys, monkeypatch):
         everything.draw(options(tmp_path / "logs"), skip=("figure_2",))
 
 
+def test_logs_from_before_an_argument():
+    """Otherwise an old run counts as one of today's defaults, and is merged with new seeds."""
+    old = json.loads((RESULTS / "cpu_preset_rewritten/gorl_fm_ppo/args.json").read_text())
+    assert "advantage_temperature" not in old
+    settings = runs.settings_of(old)
+    assert settings["advantage_temperature"] == 0
+    assert settings["decoder_lr_ratio"] == 1
+    assert "decoder_data" not in settings  # as today
+    baseline = json.loads((RESULTS / "cpu_preset_rewritten/fpo/args.json").read_text())
+    assert not set(runs.BEFORE) & set(runs.settings_of(baseline))
+
+
 def test_the_readmes_numbers_are_the_logs(tmp_path):
     """Otherwise README or Table 1 show numbers that no log has."""
     files = table_1.draw(runs.Options(runs=(RESULTS,), out=tmp_path))
