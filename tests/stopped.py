@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "fake_playground"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import toy

@@ -64,5 +64,8 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path[:0] = [
+        str(Path(__file__).parent.parent),
+        str(Path(__file__).parent / "fake_playground"),
+    ]
     main()
