@@ -5,7 +5,7 @@ Generative Policies" (2025). Sections, equations and appendices cited below are 
 
 1. The encoder pi(latent | s), a diagonal Gaussian, is trained with PPO (Eq. 5) and a KL to N(0, I).
 2. The decoder u = g(s, latent) is frozen meanwhile; the environment receives the action tanh(u).
-3. Then denoising (Eq. 17) trains it to map fresh noise from N(0, I) to the u of recent rollouts.
+3. Then denoising (Eq. 17) trains it to map fresh N(0, I) to recent u, weighted by advantage.
 4. The encoder restarts as exactly N(0, I), which through the new decoder acts about as before.
 5. Four stages of 60M, 60M, 30M and 30M steps. In the first, the decoder is u = 0.88 latent.
 
