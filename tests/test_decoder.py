@@ -111,9 +111,9 @@ def test_decoder_learns_two_modes(gorl, make_args, agent):
         mode = np.stack([1.5 + 0.5 * obs[:, 0], -1 + 0.5 * obs[:, 1]], axis=-1)
         return r.choice([-1, 1], (len(obs), 1)) * mode + 0.1 * r.normal(size=mode.shape)
 
-    obs = r.uniform(-1, 1, (2**14, OBS))
+    obs = r.uniform(-1, 1, (2**13, OBS))
     args = make_args(gorl, decoder_batch_size=256, decoder_learning_rate=3e-3)
-    agent, _ = train(gorl, args, new_agent(gorl, args), obs, draw(obs), 15)
+    agent, _ = train(gorl, args, new_agent(gorl, args), obs, draw(obs), 20)
     for state in ([0.8, -0.8, 0.3], [-0.8, 0.8, 0.3]):
         states = np.tile(state, (1500, 1))
         latent = jax.random.normal(jax.random.PRNGKey(1), (1500, ACT))
@@ -221,7 +221,7 @@ def test_weights_move_the_distribution(gorl, make_args, agent):
     advantage = np.array([-1.0, 0.5, 1.0])[label] + 0.3 * r.normal(size=len(label))
     args = make_args(gorl, decoder_batch_size=256, decoder_learning_rate=3e-3)
     args = replace(args, advantage_temperature=1.0)
-    agent, _ = train(gorl, args, agent, np.zeros((len(u), OBS)), u, 20, advantage)
+    agent, _ = train(gorl, args, agent, np.zeros((len(u), OBS)), u, 15, advantage)
     latent = jax.random.normal(jax.random.PRNGKey(1), (5000, ACT))
     got = np.asarray(gorl.decode(args, agent, jnp.zeros((5000, OBS)), latent))
     nearest = np.clip(np.round(got[:, 0] / 2), -1, 1).astype(int) + 1
@@ -234,12 +234,12 @@ def test_weights_move_the_distribution(gorl, make_args, agent):
 @pytest.mark.parametrize("refined", [False, True])
 def test_redrawn_pairs_are_the_frozen_policys(gorl, make_args, agent, seen_by, refined):
     """Otherwise the decoder learns another policy than that of the stage that ended."""
-    args = make_args(gorl, decoder_batch_size=20_000, decoder_data="redrawn")
+    args = make_args(gorl, decoder_batch_size=8_000, decoder_data="redrawn")
     frozen = trained(agent, KEY)
     if not refined:  # stage 0, where u is a multiple of the latent
         frozen = frozen._replace(decoder=agent.decoder)
     state = frozen.stats.mean + 0.5
-    n = 40_000
+    n = 16_000
     pairs = gorl.Pairs(state * jnp.ones((n, 1)), jnp.full((n, ACT), 9.0), *jnp.zeros((2, n)))
     (_, first, key), (_, held_out, _) = seen_by(args, pairs, frozen)[0]
     (_, second, _), (_, held_out_again, _) = seen_by(args, pairs, frozen, epoch=1)[0]
@@ -248,7 +248,7 @@ def test_redrawn_pairs_are_the_frozen_policys(gorl, make_args, agent, seen_by, r
     assert (first != second).mean() > 0.99  # anew whenever a pair is seen
     noise = jax.random.normal(jax.random.split(key)[1], (len(first), 8, ACT))[:, 0, 0]
     correlation = np.corrcoef([first, second, noise])  # the loss draws its noise so
-    assert np.abs(correlation - np.eye(3)).max() < 0.03
+    assert np.abs(correlation - np.eye(3)).max() < 0.05
     normed = gorl.normalize(state, frozen.stats)
     mean, std = (x[0] for x in frozen.encoder.apply_fn(frozen.encoder.params, normed))
     if refined:

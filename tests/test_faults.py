@@ -178,7 +178,7 @@ def test_ctrl_c_ends_at_once(tmp_path):
     process = Process(*tiny(ppo_gaussian, *endless))
     while process.poll() is None and not list(tmp_path.glob("*/checkpoints/state_*")):
         time.sleep(0.01)
-    time.sleep(10)  # it is in its first iteration, or compiles that
+    time.sleep(6)  # it is in its first iteration, or compiles that
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     done = process.finish()
