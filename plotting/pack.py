@@ -37,7 +37,8 @@ def command_of(args: dict[str, Any]) -> str:
     usual_stages = stages in (None, runs.default_stages(total))
     follows = "stage_timesteps" if usual_stages else "total_timesteps"
     skip = {*PRIVATE, "preset", "versions", "distributed", follows}
-    for name, value in args.items():
+    before = {name: value for name, value in runs.BEFORE.items() if name in default}
+    for name, value in (before | args).items():
         usual = runs.items(default.get(name))
         if name in skip or name.startswith("checkpoint") or value is None:
             continue

@@ -13,6 +13,7 @@ import pytest
 
 from plotting import aggregate, reproduction
 from plotting.paper import METHODS, TABLE_1, TASKS
+from plotting.runs import BEFORE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -198,7 +199,8 @@ def test_the_page_of_all_cells():
         given = command.strip("`").split()
         assert given[:2] == ["python", f"{stem}.py"] and command == commands.get(log, command)
         for name, value in zip(given[2::2], given[3::2], strict=True):
-            assert str(args[name[2:].replace("-", "_")]) == value
+            argument = name[2:].replace("-", "_")
+            assert str((BEFORE | args)[argument]) == value
         full += len(returns) >= 5 and args["total_timesteps"] >= 180_000_000
     none = sum(row[3] == "not run yet" for row in rows)
     smaller = len(rows) - none - full
