@@ -103,7 +103,7 @@ class Args:
         return [int(2 * steps + size) // (2 * size) for steps in np.cumsum(self.stage_timesteps)]
 
     @property
-    def decoder_pairs(self) -> int:  # for each decoder; the shortest refined stage has as many
+    def decoder_pairs(self) -> int:  # of each decoder: the buffer, or the shortest refined stage
         stages = np.diff([0, *self.stage_ends])[:-1] * self.steps_per_iteration
         return int(min([self.decoder_buffer_size, *stages]))
 
