@@ -1,7 +1,7 @@
 """What holds over tasks: interquartile mean and probability of improvement, with bootstrap
 intervals.
 
-    python -m plotting.aggregate --runs results runs --out figures
+    python -m plotting.aggregate --runs runs --out figures
 
 Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021), by
 their library, rliable. The paper has no such figure; with five seeds a task, mean and std say less
@@ -9,48 +9,55 @@ than it seems.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from plotting import runs, style
-from plotting.paper import METHODS
 
-BASELINE = "ppo_gaussian"
+BASELINE = "PPO"
 
 
-def scores(groups: dict[tuple[str, str], runs.Group]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Final returns (K, T) by method over the T tasks that all have; the K seeds may differ by
-    method.
+def area(group: runs.Group) -> np.ndarray:
+    """Seeds' areas under their learning curves over the steps (K,), trapezoids: mean returns."""
+    steps, returns = runs.align(group)
+    return np.trapezoid(returns, steps, axis=1) / (steps[-1] - steps[0])
 
-    A method's seeds are those that all its tasks have. Names what is left out; CannotDraw if no
-    task is common to two methods, or a method has under two seeds.
+
+def scores(
+    groups: list[runs.Group], score: Callable[[runs.Group], np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Scores (K, T) by label over the T tasks that all have; the K seeds may differ by method.
+
+    A method's seeds are those that all its tasks have. Runs of one seed are left out. CannotDraw if
+    no task is common to two methods, or a method's tasks have under two seeds in common.
     """
-    methods = list(dict.fromkeys(method for method, _ in groups))
-    every = list(dict.fromkeys(task for _, task in groups))
-    tasks = [task for task in every if all((method, task) in groups for method in methods)]
-    if len(methods) < 2 or not tasks:
-        text = "an aggregate needs two methods, and a task that all methods have run"
+    groups = [group for group in groups if len(group.curves) > 1]
+    by_task = {(group.label, group.task): group for group in groups}
+    labels = list(dict.fromkeys(group.label for group in groups))
+    every = list(dict.fromkeys(group.task for group in groups))
+    tasks = [task for task in every if all((label, task) in by_task for label in labels)]
+    if len(labels) < 2 or not tasks:
+        text = "an aggregate needs two methods, and a task that all have run with two seeds"
         raise runs.CannotDraw(text)
-    others = [task for task in every if task not in tasks]
-    if others:
+    if others := [task for task in every if task not in tasks]:
         print(f"left out, since not all methods have run them: {', '.join(others)}")
-    by_method = {}
-    for method in methods:
-        mine = [groups[method, task] for task in tasks]
+    by_label = {}
+    for label in labels:
+        mine = [by_task[label, task] for task in tasks]
         seeds = sorted(set.intersection(*(set(group.curves) for group in mine)))
         if len(seeds) < 2:
-            raise runs.CannotDraw(
-                f"an aggregate needs two seeds that {method} has run on {', '.join(tasks)}"
-            )
-        ends = [dict(zip(sorted(g.curves), runs.final_returns(g), strict=True)) for g in mine]
-        by_method[method] = np.array([[end[seed] for end in ends] for seed in seeds])
-    return by_method, tasks
+            where = ", ".join(tasks)
+            raise runs.CannotDraw(f"an aggregate needs two seeds that {label} has run on {where}")
+        values = [dict(zip(sorted(g.curves), score(g), strict=True)) for g in mine]
+        by_label[label] = np.array([[value[seed] for value in values] for seed in seeds])
+    return by_label, tasks
 
 
-def statistics(by_method: dict[str, np.ndarray], reps: int, seed: int = 0) -> tuple[dict, dict]:
-    """By method: IQM of the returns (K, T), and P(it is better than PPO), each (estimate, low,
+def statistics(by_label: dict[str, np.ndarray], reps: int, seed: int = 0) -> tuple[dict, dict]:
+    """By method: IQM of the scores (K, T), and P(it is better than PPO), each (estimate, low,
     high) at 95%.
 
     The bootstrap draws seeds anew within each task.
@@ -59,11 +66,11 @@ def statistics(by_method: dict[str, np.ndarray], reps: int, seed: int = 0) -> tu
 
     np.random.seed(seed)  # noqa: NPY002  (the generator that rliable draws from)
     iqm, iqm_range = library.get_interval_estimates(
-        by_method, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps
+        by_label, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps
     )
-    baseline, better, better_range = by_method.get(BASELINE), {}, {}
+    baseline, better, better_range = by_label.get(BASELINE), {}, {}
     pairs = {
-        m: (x, baseline) for m, x in by_method.items() if baseline is not None and m != BASELINE
+        m: (x, baseline) for m, x in by_label.items() if baseline is not None and m != BASELINE
     }
     if pairs:
         better, better_range = library.get_interval_estimates(
@@ -76,53 +83,60 @@ def statistics(by_method: dict[str, np.ndarray], reps: int, seed: int = 0) -> tu
 
 
 def draw(options: runs.Options, reps: int = 2000) -> list[Path]:
-    """Draws IQM of the final returns, and probability of improvement over PPO; writes both as text,
-    too.
+    """Draws IQM of the final returns, and probability of improvement over PPO by final return and
+    by area under the learning curve; writes all as text, too.
 
     Args:
         reps: Bootstrap samples.
     """
     if reps < 100:
         runs.wrong("--reps", reps, "a number of bootstrap samples, at least 100")
-    groups, preset = runs.select(replace(options, unfinished=False))
-    by_method, tasks = scores(groups)
-    iqm, better = statistics(by_method, reps)
-    figure, axes = style.panels(2 if better else 1, height=1.2)
-    titles = ("interquartile mean of the final return", f"P(better than {METHODS[BASELINE]})")
-    for panel, values, title in zip(axes, (iqm, better), titles, strict=False):
+    groups = [g for g in runs.select(replace(options, unfinished=False)) if g.reached == g.total]
+    last, tasks = scores(groups, runs.final_returns)
+    iqm, better = statistics(last, reps)
+    iqm_area, better_area = statistics(scores(groups, area)[0], reps)
+    columns = {"IQM of the last return": iqm, f"P(last return above {BASELINE}'s)": better}
+    columns |= {"IQM of the area": iqm_area, f"P(area above {BASELINE}'s)": better_area}
+    drawn = [(title, columns[title]) for title in list(columns)[:2] + list(columns)[3:]]
+    drawn = [(title, values) for title, values in drawn if values]
+    figure, axes = style.panels(len(drawn), height=1.2)
+    looks = {group.label: style.line(group) for group in groups}
+    for panel, (title, values) in zip(axes, drawn, strict=True):
         names = list(values)[::-1]
-        for at, method in enumerate(names):
-            estimate, low, high = values[method]
-            colour = style.line(method)["color"]
+        for at, name in enumerate(names):
+            estimate, low, high = values[name]
+            colour = looks[name]["color"]
             panel.plot(
                 [low, high], [at, at], color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt"
             )
             panel.plot(
                 [estimate], [at], marker="|", markersize=9, markeredgewidth=1.8, color=colour
             )
-        panel.set_yticks(range(len(names)), [style.label(m) for m in names])
-        panel.set(title=title, xlabel="", ylabel="", ylim=(-0.6, len(names) - 0.4))
+        panel.set_yticks(range(len(names)), names)
+        panel.set(title=title, xlabel="probability", ylabel="", ylim=(-0.6, len(names) - 0.4))
+        panel.set_xlim(-0.02, 1.02)
         panel.grid(axis="y", visible=False)
-    axes[0].set(xlabel="return", xlim=(0, None))
-    if better:
-        axes[1].set(xlabel="probability", xlim=(-0.02, 1.02))
-        axes[1].axvline(0.5, color="#777777", linewidth=0.8, dashes=(2, 2))
-    what = f"estimate and 95% bootstrap interval, stratified by task ({', '.join(tasks)}), of"
-    mine = [groups[method, task] for method in by_method for task in tasks]
-    text = style.note(mine, preset, what, {len(x) for x in by_method.values()})
-    if min(x.size for x in by_method.values()) < 4:
-        text += "; of fewer than four returns the interquartile mean is the mean"
-    if any(low == high for _, low, high in better.values()):
-        text += "; an interval of 0 or 1 alone: all these seeds are below, or above, all of PPO's"
+        if values is iqm:
+            panel.set(xlabel="return", xlim=(0, None))
+        else:
+            panel.axvline(0.5, color="#777777", linewidth=0.8, dashes=(2, 2))
+    what = f"Estimates and 95% bootstrap intervals, stratified by task ({', '.join(tasks)}), of"
+    text = style.note([g for g in groups if g.task in tasks], what, {len(x) for x in last.values()})
+    text += " The area under a learning curve is its mean return over the steps."
+    if min(x.size for x in last.values()) < 4:
+        text += " Of fewer than four returns the interquartile mean (IQM) is the mean."
+    if any(low == high for _, low, high in (*better.values(), *better_area.values())):
+        text += " An interval of 0 or 1 alone: all seeds are below, or above, all of PPO's."
     style.finish(figure, [], text)
     lines = [text]
-    for method in iqm:
-        estimate, low, high = iqm[method]
-        line = f"{style.label(method):12s} IQM {estimate:.1f} [{low:.1f}, {high:.1f}]"
-        if method in better:
-            p, low, high = better[method]
-            line += f"   P(better than {METHODS[BASELINE]}) {p:.2f} [{low:.2f}, {high:.2f}]"
-        lines.append(line)
+    for name in iqm:
+        line = f"{name}:"
+        for title, values in columns.items():
+            if name in values:
+                digits = 1 if title.startswith("IQM") else 2
+                estimate, low, high = (f"{value:.{digits}f}" for value in values[name])
+                line += f" {title} {estimate} [{low}, {high}];"
+        lines.append(line[:-1])
     files = style.save(figure, options.out, "aggregate")
     (file := options.out / "aggregate.txt").write_text("\n".join(lines) + "\n")
     print("\n" + file.read_text())

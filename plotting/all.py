@@ -1,6 +1,6 @@
 """Every figure and the table, as far as the logs allow.
 
-python -m plotting.all --runs results runs --out figures
+python -m plotting.all --runs runs --out figures
 """
 
 import sys
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from plotting import render, runs
 
-ITEMS = ("figure_4", "table_1", "aggregate", "figure_5", "figure_6", "figure_7", "figure_3")
-ITEMS += ("figure_1",)
+ITEMS = ("figure_4", "table_1", "aggregate", "figure_5", "figure_6", "figure_7", "figure_2")
+ITEMS += ("figure_3", "figure_1")
 
 
 def draw(options: runs.Options, skip: tuple[str, ...] = ()) -> list[Path]:

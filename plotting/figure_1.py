@@ -173,7 +173,7 @@ def draw(
         }
         record.setdefault(name, []).append(got)
         print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in got.items()))
-        look = style.line(method) | {"linewidth": 1.1, "label": label}
+        look = style.method_line(method) | {"linewidth": 1.1, "label": label}
         panel.plot(x, density / density.max(), **look)
 
     shade = {"alpha": 0.35, "linewidth": 0}

@@ -1,6 +1,6 @@
 """Figure 4: learning curves, a panel a task, five methods, mean and one std over seeds.
 
-python -m plotting.figure_4 --runs results runs --out figures
+python -m plotting.figure_4 --runs runs --out figures
 """
 
 import sys
@@ -16,16 +16,16 @@ def draw(options: runs.Options) -> list[Path]:
     The paper smooths (Gaussian, sigma 100). Where runs have the paper's length, its final returns
     (Table 1) stand right of the curves. Raises CannotDraw if no run is to be drawn.
     """
-    groups, preset = runs.select(options)
-    tasks = list(dict.fromkeys(task for _, task in groups))
+    groups = runs.select(options)
+    tasks = list(dict.fromkeys(group.task for group in groups))
     figure, axes = style.panels(len(tasks))
     for panel, task in zip(axes, tasks, strict=True):
-        mine = {method: group for (method, its_task), group in groups.items() if its_task == task}
-        for i, (method, group) in enumerate(mine.items()):
+        mine = [group for group in groups if group.task == task]
+        for i, group in enumerate(mine):
             steps, returns = runs.align(group)
-            look = style.line(method)
-            style.band(panel, steps, *runs.mean_std(returns), label=style.label(method), **look)
-            if group.total == TOTAL_TIMESTEPS and (paper := reported(method, task)):
+            look = style.line(group)
+            style.band(panel, steps, *runs.mean_std(returns), label=group.label, **look)
+            if group.total == TOTAL_TIMESTEPS and (paper := reported(group.name, task)):
                 at = TOTAL_TIMESTEPS / 1e6 * (1.03 + 0.03 * i)
                 marker = {
                     "fmt": "D",
@@ -34,13 +34,13 @@ def draw(options: runs.Options) -> list[Path]:
                     "label": "the paper's Table 1",
                 }
                 panel.errorbar(at, *paper, color=look["color"], **marker)
-        for step in sorted({step for group in mine.values() for step in runs.refinements(group)}):
+        for step in sorted({step for group in mine for step in runs.refinements(group)}):
             line = panel.axvline(
                 step / 1e6, color="#777777", linewidth=0.8, dashes=(2, 2), zorder=0
             )
             line.set_label("decoder refined (GoRL)")
         panel.set(title=task, xlim=(0, None), ylim=(0, None))
-    style.finish(figure, axes, style.note(groups.values(), preset), columns=3)
+    style.finish(figure, axes, style.note(groups), columns=3)
     return style.save(figure, options.out, "figure_4")
 
 

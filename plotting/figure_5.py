@@ -14,36 +14,32 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from plotting import runs, style
-from plotting.paper import BETAS
+from plotting.paper import BETAS, METHODS
 
 
-def sweep(options: runs.Options, method: str, env_id: str) -> tuple[dict[float, runs.Group], str]:
-    """The runs that differ in beta alone (and --where), by beta, and their preset; CannotDraw if
-    under two.
+def beta(group: runs.Group) -> float | None:
+    """A group's beta; None if its stages have different ones."""
+    values = set(runs.items(runs.value_of(group, "kl_coef")))
+    return values.pop() if len(values) == 1 else None
 
-    A beta for each stage is no value of the sweep.
+
+def sweep(options: runs.Options, method: str, env_id: str) -> dict[float, runs.Group]:
+    """The runs that differ in beta alone, by beta; CannotDraw if under two.
+
+    Of several such sweeps, the one of the most betas, then the longest.
     """
-    groups = runs.load(options.runs, options.unfinished)
-    where, found = runs.asked(options, groups), {}
-    mine = [g for g in groups if (g.method, g.task) == (method, env_id)]
-    mine = [g for g in mine if runs.as_asked(g, where, free=("kl_coef",))]
-    preset = runs.pick_preset(mine, options)
-    mine.sort(
-        key=lambda g: len(runs.items(g.settings.get("kl_coef", [])))
-    )  # one value before one a stage
-    for group in (g for g in mine if g.preset == preset):
-        betas = set(
-            runs.items(group.settings.get("kl_coef", runs.preset_args(method, preset)["kl_coef"]))
-        )
-        if len(betas) != 1 or betas & set(found):
-            print(f"left out: {group}")
-        else:
-            found[betas.pop()] = group
+    sweeps: dict[str, dict[float, runs.Group]] = {}
+    for group in sorted(runs.pool(options), key=runs.plainness):
+        mine = (group.method, group.task) == (method, env_id)
+        if mine and beta(group) is not None:
+            sweeps.setdefault(runs.without(group, "kl_coef"), {}).setdefault(beta(group), group)
+    found = max(sweeps.values(), key=len, default={})
     if len(found) < 2:
         have = f"only beta {', '.join(map(str, found))}" if found else "none"
-        what = f"runs of {method}.py on {env_id}, preset {preset}, with two values of --kl-coef"
-        raise runs.CannotDraw(f"a sweep needs {what}; there: {have}")
-    return dict(sorted(found.items())), preset
+        what = f"runs of {method}.py on {env_id} that differ in --kl-coef alone"
+        raise runs.CannotDraw(f"a sweep needs two {what}; there: {have}")
+    runs.report(list(found.values()), runs.load(options.runs, options.unfinished))
+    return dict(sorted(found.items()))
 
 
 def draw(
@@ -52,25 +48,26 @@ def draw(
     env_id: str = "CheetahRun",
 ) -> list[Path]:
     """Draws Figure 5: learning curves by beta, and the final returns against beta."""
-    groups, preset = sweep(options, method, env_id)
+    groups = sweep(options, method, env_id)
     figure, (left, right) = style.panels(2)
     colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.92, len(groups)))
-    for colour, (beta, group) in zip(colours, groups.items(), strict=True):
-        print(f"drawn: {group}")
+    for colour, (value, group) in zip(colours, groups.items(), strict=True):
         steps, returns = runs.align(group)
-        style.band(left, steps, *runs.mean_std(returns), label=f"$\\beta$ = {beta:g}", color=colour)
+        style.band(
+            left, steps, *runs.mean_std(returns), label=f"$\\beta$ = {value:g}", color=colour
+        )
     ends = [runs.mean_std(runs.final_returns(group)) for group in groups.values()]
     at = np.arange(len(groups))
     right.errorbar(
         at, [e[0] for e in ends], [e[1] for e in ends], color="#333333", fmt="none", elinewidth=0.8
     )
     right.scatter(at, [e[0] for e in ends], color=colours, s=18, zorder=3)
-    right.set_xticks(at, [f"{beta:g}" for beta in groups])
+    right.set_xticks(at, [f"{value:g}" for value in groups])
     right.set(xlabel=r"$\beta$", ylabel="final return", ylim=(0, None))
-    left.set(title=f"{style.label(method)}, {env_id}", xlim=(0, None), ylim=(0, None))
-    text = style.note(groups.values(), preset)
-    if missing := [f"{beta:g}" for beta in BETAS if beta not in groups]:
-        text += f"; of the paper's sweep, {', '.join(missing)} not run"
+    left.set(title=f"{METHODS[method]}, {env_id}", xlim=(0, None), ylim=(0, None))
+    text = style.note(groups.values())
+    if missing := [f"{value:g}" for value in BETAS if value not in groups]:
+        text += f" Of the paper's sweep, {', '.join(missing)} have not been run."
     style.finish(figure, [left], text, columns=4)
     return style.save(figure, options.out, "figure_5")
 

@@ -1,6 +1,6 @@
 """Figure 7: what the policies' actions look like at a fixed state, as training goes on.
 
-    python -m plotting.figure_7 --runs results runs --out figures
+    python -m plotting.figure_7 --runs runs --out figures
 
 The paper shows densities and leaves the number of peaks to the eye. Here two numbers go with each:
 the *gain*, how much likelier a mixture of two Gaussians makes held-out samples than one Gaussian
@@ -20,7 +20,7 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
 from plotting import policies, runs, style
-from plotting.paper import ACTIONS_TASK, METHODS
+from plotting.paper import ACTIONS_TASK
 
 # Times Scott's rule. App. E.7's "bandwidth factor of 0.8" could also be 0.8 standard deviations of
 # the data, but that would smear two peaks into one, and the paper shows two.
@@ -97,19 +97,19 @@ def wanted_steps(group: runs.Group, run: Path) -> list[int | None]:
 
 def draw(
     options: runs.Options,
-    env_id: str = ACTIONS_TASK,
+    env_id: str | None = None,
     samples: int = 10_000,
     state_seed: int = 0,
-    num_states: int = 16,
+    num_states: int = 1,
 ) -> list[Path]:
     """Draws Figure 7: densities of u (not of tanh(u), which makes two peaks of one) along one
     direction.
 
     Args:
-        env_id: The task.
+        env_id: The task; default: HopperStand, as the paper, or the first that has been run.
         samples: Actions of each policy at each state.
         state_seed: The state is the first that the environment's reset gives for this seed.
-        num_states: The gain is also taken at this many of its initial states; the first is drawn.
+        num_states: The JSON's gain is the mean over so many initial states; the first is drawn.
 
     State, direction and all numbers are written to figure_7.json. A line a seed.
     """
@@ -117,11 +117,13 @@ def draw(
         runs.wrong(
             "--samples, --num-states", f"{samples}, {num_states}", "at least 100 samples, 1 state"
         )
-    groups, preset = runs.select(options)
-    mine = {method: group for (method, task), group in groups.items() if task == env_id}
+    groups = runs.select(options)
+    tasks = [group.task for group in groups]
+    env_id = env_id or (ACTIONS_TASK if ACTIONS_TASK in tasks else tasks[0])
+    mine = {group.label: group for group in groups if group.task == env_id}
     todo = [
-        (method, seed, column, step, curve.run)
-        for method, group in mine.items()
+        (label, seed, column, step, curve.run)
+        for label, group in mine.items()
         for seed, curve in sorted(group.curves.items())
         for column, step in enumerate(wanted_steps(group, curve.run))
         if step is not None
@@ -134,7 +136,7 @@ def draw(
 
     drawn: dict[tuple[str, int, int], np.ndarray] = {}
     observations = None
-    for method, seed, column, step, run in todo:
+    for label, seed, column, step, run in todo:
         try:
             script, args, policy, *_ = policies.open_policy(run, step, seed)
         except ValueError as error:
@@ -144,7 +146,7 @@ def draw(
             observations = fixed_observations(script.make_env(args), state_seed, num_states)
         keys = jax.random.split(jax.random.PRNGKey(seed), num_states)
         repeated = [np.broadcast_to(obs, (samples, len(obs))) for obs in observations]
-        drawn[method, seed, column] = np.stack(
+        drawn[label, seed, column] = np.stack(
             [policy(obs, key) for obs, key in zip(repeated, keys, strict=True)]
         )
     if not drawn:
@@ -153,41 +155,44 @@ def draw(
     gains = {key: [gain(u) for u in us] for key, us in drawn.items()}
     dips = {}
 
-    methods = [m for m in [*METHODS, *mine] if any(key[0] == m for key in drawn)]
-    methods = list(dict.fromkeys(methods))
-    figure, panels = style.grid(len(methods), len(THIRDS))
-    for row, method in zip(panels, methods, strict=True):
-        span = np.concatenate([u[0] @ axis for key, u in drawn.items() if key[0] == method])
+    labels = [label for label in mine if any(key[0] == label for key in drawn)]
+    columns = sorted({column for *_, column in drawn})
+    figure, panels = style.grid(len(labels), len(columns))
+    for row, label in zip(panels, labels, strict=True):
+        span = np.concatenate([u[0] @ axis for key, u in drawn.items() if key[0] == label])
         x = np.linspace(*np.quantile(span, [0.001, 0.999]), 400)
         pad = 0.15 * (x[-1] - x[0])
         x = np.linspace(x[0] - pad, x[-1] + pad, 400)
-        for column, panel in enumerate(row):
-            keys = [key for key in drawn if key[0] == method and key[2] == column]
+        colour = style.line(mine[label])["color"]
+        for column, panel in zip(columns, row, strict=True):
+            keys = [key for key in drawn if key[0] == label and key[2] == column]
+            panel.set_visible(bool(keys))
             for key in keys:
                 density = kernel_density(drawn[key][0] @ axis, x)
                 dips[key] = dip(density)
-                panel.plot(x, density, color=style.line(method)["color"], linewidth=0.9, alpha=0.9)
-                panel.fill_between(
-                    x, density, color=style.line(method)["color"], alpha=0.12, linewidth=0
-                )
-            text = "no policy saved"
+                panel.plot(x, density, color=colour, linewidth=0.9, alpha=0.9)
+                panel.fill_between(x, density, color=colour, alpha=0.12, linewidth=0)
             if keys:
                 mean_gain, mean_dip = np.mean([(gains[key][0], dips[key]) for key in keys], axis=0)
                 text = f"gain {mean_gain:.3f}\ndip {mean_dip:.2f}"
-            panel.annotate(
-                text, (0.98, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=6
-            )
+                where = {"xycoords": "axes fraction", "ha": "right", "va": "top", "fontsize": 6}
+                panel.annotate(text, (0.98, 0.95), **where)
             panel.set(yticks=[], xlim=(x[0], x[-1]), ylim=(0, None))
             panel.grid(visible=False)
-            if method == methods[0]:
-                panel.set_title(f"{THIRDS[column] * mine[method].total / 1e6:.3g}M steps")
-        row[0].set_ylabel(style.label(method))
+            if label == labels[0]:
+                panel.set_title(f"{THIRDS[column] * mine[label].total / 1e6:.3g}M steps")
+        row[0].set_ylabel(label, fontsize=7.5 if len(label) < 14 else 5)
     for panel in panels[-1]:
         panel.set_xlabel("u along the first principal component")
-    counts = {len({seed for m, seed, _ in drawn if m == method}) for method in methods}
-    kind = f"{env_id}, density of {samples:,} u at one state, a line a seed"
-    kind += " (gain and dip: their mean):"
-    text = style.note([mine[method] for method in methods], preset, kind, counts)
+    counts = {len({seed for name, seed, _ in drawn if name == label}) for label in labels}
+    kind = f"{env_id}: densities of {samples:,} u at one state, a line a seed, of"
+    text = style.note([mine[label] for label in labels], kind, counts)
+    text += (
+        " Gain: nats a sample by which two Gaussians describe held-out u better than one (0: one "
+    )
+    text += (
+        "is enough). Dip: the deepest valley between two peaks (0: one peak, 1: two peaks apart)."
+    )
     style.finish(figure, [], text)
     record = {
         "env_id": env_id,
@@ -198,24 +203,19 @@ def draw(
         "bandwidth": BANDWIDTH,
         "policies": [
             {
-                "method": method,
+                "method": label,
                 "seed": seed,
-                "step": wanted_steps(mine[method], mine[method].curves[seed].run)[column],
-                "run": str(mine[method].curves[seed].run),
+                "step": wanted_steps(mine[label], mine[label].curves[seed].run)[column],
+                "run": str(mine[label].curves[seed].run),
                 "u_mean": us[0].mean(0).tolist(),
                 "u_std": us[0].std(0).tolist(),
-                "gain": gains[method, seed, column][0],
-                f"gain_mean_{num_states}_states": float(np.mean(gains[method, seed, column])),
-                "dip": dips[method, seed, column],
+                "gain": gains[label, seed, column][0],
+                f"gain_mean_{num_states}_states": float(np.mean(gains[label, seed, column])),
+                "dip": dips[label, seed, column],
             }
-            for (method, seed, column), us in drawn.items()
+            for (label, seed, column), us in drawn.items()
         ],
     }
-    for line in record["policies"]:
-        values = ", ".join(f"{k} {v:.3f}" for k, v in line.items() if k.startswith(("gain", "dip")))
-        print(
-            f"{style.label(line['method'])}, seed {line['seed']}, step {line['step']:,}: {values}"
-        )
     files = style.save(figure, options.out, "figure_7")
     (file := options.out / "figure_7.json").write_text(json.dumps(record, indent=1))
     return [*files, file]

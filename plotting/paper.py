@@ -66,6 +66,7 @@ STAGE_TASKS = ("CheetahRun", "HopperStand")  # Figure 6's panels
 ACTIONS_TASK = "HopperStand"  # Figure 7's task
 
 
-def reported(method: str, task: str) -> tuple[float, float] | None:
+def reported(name: str, task: str) -> tuple[float, float] | None:
     """Mean and std of Table 1, or None for a method or a task that is not in it."""
-    return TABLE_1[method][TASKS.index(task)] if method in TABLE_1 and task in TASKS else None
+    stems = {name: stem for stem, name in METHODS.items()}
+    return TABLE_1[stems[name]][TASKS.index(task)] if name in stems and task in TASKS else None

@@ -1,5 +1,4 @@
-"""How well the paper reproduces: every cell of its Table 1 beside the longest run of it that there
-is.
+"""How well the paper reproduces: the cells of its Table 1 beside the runs of them that there are.
 
 python -m plotting.reproduction --runs results --to results/README.md
 
@@ -9,13 +8,14 @@ rewrites the table between two marks in that file.
 import os
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-from plotting import pack, runs
+from plotting import runs
 from plotting.paper import METHODS, SEEDS, TASKS, TOTAL_TIMESTEPS, reported
 
 MARKS = ("<!-- made by plotting.reproduction -->\n", "<!-- end -->\n")
-HEADER = ("task", "method", "the paper", "ours", "seeds", "steps", "device", "command", "log")
+HEADER = ("task", "method", "the paper", "ours", "seeds", "steps", "log")
 
 
 @dataclass(frozen=True)
@@ -25,60 +25,56 @@ class Logs:
     runs: tuple[Path, ...] = (Path("results"),)  # run directories, or folders that hold some
 
 
-def longest(groups: tuple[runs.Group, ...], method: str, task: str) -> runs.Group | None:
-    """The run of a cell: of the paper's preset if there is one, the longest, nearest to its preset.
+def cells(logs: Logs) -> dict[tuple[str, str], runs.Group]:
+    """By (task, method): its run, of the paper's preset if there is one, and else of another.
 
-    Runs of a variant (`--exp-name`), on a frozen decoder, or with other physics are none of the
-    cell.
+    A task's methods are compared as in the figures, see `runs.comparable`.
     """
-    variants = {"exp_name", "decoder_from", "impl"}
-    mine = [
-        g for g in groups if (g.method, g.task) == (method, task) and not variants & set(g.settings)
-    ]
+    found = {}
+    for preset, task in product(("cpu", "paper"), TASKS):
+        groups = runs.pool(runs.Options(logs.runs, preset=preset))
+        groups = [g for g in groups if g.task == task and g.name in METHODS.values()]
+        groups = [g for g in groups if not {"decoder_from", "impl"} & set(g.settings)]
+        if groups:
+            found |= {(task, group.name): group for group in runs.comparable(groups)}
+    return found
 
-    def order(g: runs.Group) -> tuple:
-        return g.preset == "paper", g.total, -len(g.settings), len(g.curves), str(g.settings)
 
-    return max(mine, key=order, default=None)
-
-
-def rows(groups: tuple[runs.Group, ...], root: Path) -> list[tuple[str, ...]]:
-    """A row a cell of Table 1, in the paper's order; paths are relative to `root`."""
+def rows(found: dict[tuple[str, str], runs.Group], root: Path) -> list[tuple[str, ...]]:
+    """A row a cell of Table 1 that has a run, in the paper's order; paths relative to `root`."""
     table = []
-    for task in TASKS:
-        for method, name in METHODS.items():
-            paper = "{:.2f} ± {:.2f}".format(*reported(method, task))
-            if (group := longest(groups, method, task)) is None:
-                table.append((task, name, paper, "not run yet", "", "", "", "", ""))
-                continue
+    for task, name in product(TASKS, METHODS.values()):
+        if (task, name) in found:
+            group = found[task, name]
             mean, std = runs.mean_std(returns := runs.final_returns(group))
             folders = sorted({curve.run for curve in group.curves.values()})
             logs = ", ".join(f"`{os.path.relpath(folder, root)}/`" for folder in folders)
-            args = [runs.read_args(folder) for folder in folders]
-            devices = ", ".join(sorted({str(a["versions"].get("device", "unknown")) for a in args}))
-            commands = ", ".join(f"`{pack.command_of(a)}`" for a in args)
             ours = f"{mean:.1f} ± {std:.1f}" if len(returns) > 1 else f"{mean:.1f}"
-            steps = f"{int(runs.align(group)[0][-1]) / 1e6:.4g}M"
-            table.append(
-                (task, name, paper, ours, str(len(returns)), steps, devices, commands, logs)
-            )
+            cell = (task, name, "{:.2f} ± {:.2f}".format(*reported(name, task)), ours)
+            cell += (str(len(returns)), f"{int(runs.align(group)[0][-1]) / 1e6:.4g}M")
+            table.append((*cell, logs))
     return table
 
 
-def as_markdown(table: list[tuple[str, ...]]) -> str:
-    """The table, and a line that counts the cells of the paper's size and those without any run."""
-    most = 0.99e-6 * TOTAL_TIMESTEPS  # whole iterations
-    full = sum(row[4] != "" and int(row[4]) >= SEEDS and float(row[5][:-1]) > most for row in table)
+def as_markdown(found: dict[tuple[str, str], runs.Group], root: Path) -> str:
+    """The table, and what is of the paper's size and what has not been run."""
+    table = rows(found, root)
     lines = ["| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *table)]
-    none = sum(row[3] == "not run yet" for row in table)
-    smaller = len(table) - full - none
-    count = f"{full} are of the paper's size, {smaller} smaller, {none} not run."
-    return "\n".join([*lines, "", f"Of {len(table)} cells, {count}"]) + "\n"
+    full = sum(len(g.curves) >= SEEDS and g.reached >= TOTAL_TIMESTEPS for g in found.values())
+    count = f"Of the paper's {len(TASKS) * len(METHODS)} cells, {full} are of its size, "
+    count += f"{len(found) - full} smaller."
+    none = [task for task in TASKS if task not in {task for task, _ in found}]
+    if none:
+        count += f" Not run: {', '.join(none)}."
+    for task in TASKS:
+        missing = [name for name in METHODS.values() if (task, name) not in found]
+        if missing and task not in none:
+            count += f" {task} has not been run with {', '.join(missing)}."
+    return "\n".join([*lines, "", count]) + "\n"
 
 
 def draw(logs: Logs, to: Path = Path("results/README.md")) -> list[Path]:
-    """Writes the table of every cell of Table 1 into a Markdown file, between the marks that it
-    has.
+    """Writes the table of the cells into a Markdown file, between the marks that it has.
 
     Args:
         to: The file; logs are named relative to its folder.
@@ -88,8 +84,8 @@ def draw(logs: Logs, to: Path = Path("results/README.md")) -> list[Path]:
         MARKS[1]
     ):
         runs.wrong("--to", to, f"a file with the lines {MARKS[0].strip()} and {MARKS[1].strip()}")
-    (before, _, rest), groups = text.partition(MARKS[0]), runs.load(logs.runs)
-    table = as_markdown(rows(groups, to.parent))
+    before, _, rest = text.partition(MARKS[0])
+    table = as_markdown(cells(logs), to.parent)
     to.write_text(before + MARKS[0] + "\n" + table + "\n" + MARKS[1] + rest.partition(MARKS[1])[2])
     print(table)
     return [to]

@@ -1,9 +1,8 @@
-"""Run directories, in one place: what is there, what is whole, what belongs together, on which
-steps.
+"""Run directories: what is there, what is whole, what belongs together, what is drawn.
 
 A run is a folder with the `args.json` and `eval.csv` of a script. Runs belong together (a `Group`)
-if they agree in method, task, preset and every argument that matters to training; seeds and commits
-may differ.
+if they were found under the same `--runs` and agree in method, task, preset and every argument that
+matters to training; seeds and commits may differ.
 """
 
 import importlib
@@ -11,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import accumulate, pairwise
@@ -31,6 +30,10 @@ INCIDENTAL = {"env_id", "seed", "num_seeds", "seeds", "preset", "versions", "eva
 INCIDENTAL |= {"eval_envs", "resume", "distributed", "runs_dir"}
 INCIDENTAL |= {"track", "wandb_project_name", "wandb_entity"}
 
+# What methods have to share to be compared on a task.
+CONDITIONS = ("total_timesteps", "episode_length", "gamma", "num_envs", "unroll_length")
+CONDITIONS += ("batch_size", "num_minibatches", "update_epochs", "impl")
+
 # Arguments that scripts of the first version had beside today's, at their defaults: the old logs in
 # `results/` have them, too, and are drawn beside new ones.
 GONE = {"max_grad_norm": 0.0, "target": "noise", "latent_penalty": "kl"}
@@ -44,20 +47,20 @@ BEFORE = {"decoder_data": "recorded", "advantage_temperature": 0.0, "decoder_lr_
 class Options:
     """What every item of `plotting` takes."""
 
-    # run directories, or folders that hold some
-    runs: tuple[Path, ...] = (Path("results"), Path("runs"))
+    # folders that hold runs, or run directories, which are drawn as they are, finished or not
+    runs: tuple[Path, ...] = (Path("runs"),)
     out: Path = Path("figures")  # where the files go
     # the runs' preset; auto: paper if there are such runs
     preset: Literal["auto", "paper", "cpu"] = "auto"
-    # draw runs that differ from their preset in just this: argument=value ...
+    # of the runs in folders, those with these arguments: argument=value ...
     where: tuple[str, ...] = ()
-    # draw runs that have not ended, too, as far as all their seeds have come
+    # runs in folders that have not ended, too, as far as all their seeds have come
     unfinished: bool = False
 
     def __post_init__(self) -> None:
         writable("--out", self.out)
         if bad := [item for item in self.where if "=" not in item]:
-            wrong("--where", bad[0], "argument=value, as `left out` and `drawn` show them")
+            wrong("--where", bad[0], "argument=value, as `drawn` shows them")
 
 
 def wrong(argument: str, got: Any, takes: str) -> None:
@@ -97,16 +100,28 @@ class Group:
     total: int  # environment steps of a seed, as asked for
     end: int  # that in whole iterations, where a finished run ends
     curves: dict[int, Curve] = field(default_factory=dict)  # by seed
+    source: str = ""  # the folder of --runs that they were found in
+    label: str = ""  # what `select` calls it beside others
+    spare: int = 0  # its place among the labels that are not the paper's names
 
     def __str__(self) -> str:
-        different = "".join(f", {k}={shown(v)}" for k, v in self.settings.items())
+        told = {"exp_name", "total_timesteps"}  # by the label and the steps
+        different = "".join(f", {k}={shown(v)}" for k, v in self.settings.items() if k not in told)
         folders = ", ".join(sorted({str(curve.run) for curve in self.curves.values()}))
         seeds = f"seeds {', '.join(map(str, sorted(self.curves)))}, {self.total / 1e6:g}M steps"
         commits = sorted({curve.commit for curve in self.curves.values()})
         folders += f"; commits {', '.join(commits)}" * (len(commits) > 1)
-        return (
-            f"{METHODS.get(self.method, self.method)}, {self.task}{different}: {seeds} ({folders})"
-        )
+        return f"{self.label or self.name}, {self.task}{different}: {seeds} ({folders})"
+
+    @property
+    def name(self) -> str:
+        """The paper's name of its method, or its `--exp-name` if it has one of its own."""
+        return str(self.settings.get("exp_name", METHODS.get(self.method, self.method)))
+
+    @property
+    def named(self) -> bool:
+        """Whether its run directories are what `--runs` names."""
+        return self.source == ""
 
     @property
     def reached(self) -> int:
@@ -279,21 +294,24 @@ def read_run(run: Path, unfinished: bool = False) -> tuple[dict[str, Any], dict[
     return args, curves
 
 
-def find(paths: tuple[Path, ...]) -> list[Path]:
-    """Run directories in or under these folders, also behind links: those with a time in their name
+def find(path: Path) -> list[Path]:
+    """Run directories in or under a folder, also behind links: those with a time in their name
     first, the newest before the others, then by name. A missing folder ends the program, status 2.
+
+    Folders called `earlier` are not entered.
     """
     found, seen = set(), set()
-    for path in paths:
-        if not path.is_dir() and paths != Options.runs:
-            wrong("--runs", path, "run directories, or folders that hold some")
-        for folder, folders, files in os.walk(path, followlinks=True):
-            if (real := os.path.realpath(folder)) in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            if {"args.json", "eval.csv"} & set(files):
-                found.add(Path(folder))
+    if not path.is_dir() and (path,) != Options.runs:
+        wrong("--runs", path, "run directories, or folders that hold some")
+    for folder, folders, files in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if "earlier" in folders:
+            folders.remove("earlier")
+        if {"args.json", "eval.csv"} & set(files):
+            found.add(Path(folder))
 
     def order(run: Path) -> tuple[int, Path]:
         time = re.search(r"__(\d{9,})(-\d+)?$", run.name)
@@ -304,29 +322,35 @@ def find(paths: tuple[Path, ...]) -> list[Path]:
 
 @cache
 def load(paths: tuple[Path, ...], unfinished: bool = False) -> tuple[Group, ...]:
-    """All groups in these folders. What is not whole is named and skipped; a seed counts once."""
-    groups: dict[tuple, Group] = {}
-    whole = []
-    for run in find(paths):
-        try:
-            args, curves = read_run(run, unfinished)
-            whole.append((args, curves, settings_of(args)))
-        except ValueError as error:
-            print(f"skipped {run}: {error}")
+    """All groups in these folders. What is not whole is skipped, named in a line; a seed counts
+    once.
+    """
+    whole, skipped = [], []
+    for path in paths:
+        for run in find(path):
+            source = "" if run == path else str(path)
+            try:
+                args, curves = read_run(run, unfinished or run == path)
+                whole.append((source, args, curves, settings_of(args)))
+            except ValueError as error:
+                skipped.append(f"{run} ({error})")
     # A finished run counts before an unfinished one of the same seed.
-    whole.sort(key=lambda x: min(curve.steps[-1] for curve in x[1].values()) < last_step(x[0]))
-    for args, curves, settings in whole:
+    whole.sort(key=lambda x: min(curve.steps[-1] for curve in x[2].values()) < last_step(x[1]))
+    groups: dict[tuple, Group] = {}
+    for source, args, curves, settings in whole:
         method, preset = Path(args["versions"]["script"]).stem, args.get("preset", "none")
         task, total = args["env_id"], args["total_timesteps"]
-        key = (method, task, preset, total, json.dumps(settings, sort_keys=True))
-        group = Group(method, task, preset, settings, total, last_step(args))
+        key = (method, task, preset, total, json.dumps(settings, sort_keys=True), source)
+        group = Group(method, task, preset, settings, total, last_step(args), source=source)
         group = groups.setdefault(key, group)
         for seed, curve in curves.items():
             first = group.curves.setdefault(seed, curve)
             if first is not curve:
                 same = all(map(np.array_equal, first[:2], curve[:2]))
                 why = "a copy of" if same else "there is already"
-                print(f"skipped seed {seed} of {curve.run}: {why} {first.run}")
+                skipped.append(f"seed {seed} of {curve.run} ({why} {first.run})")
+    if skipped:
+        print(f"skipped: {'; '.join(skipped)}")
     return tuple(groups[key] for key in sorted(groups))
 
 
@@ -360,54 +384,121 @@ def asked(options: Options, groups: tuple[Group, ...]) -> dict[str, str]:
     return where
 
 
-def as_asked(group: Group, where: dict[str, str], free: tuple[str, ...] = ()) -> bool:
-    """Whether a group differs from its preset in just `where` and, however it likes, in the `free`
-    arguments.
-
-    Of `where`, only the arguments that its script has count.
-    """
-    default = usual_args(group.method, group.preset, group.total)
-    want = {k: items(v) for k, v in where.items() if k in default and items(v) != items(default[k])}
-    have = {k: items(v) for k, v in group.settings.items() if k not in free}
-    return bool(default) and have == {k: v for k, v in want.items() if k not in free}
+def value_of(group: Group, name: str) -> Any:
+    """An argument of a group; None if its script has none of that name."""
+    return group.settings.get(name, usual_args(group.method, group.preset, group.total).get(name))
 
 
-def pick_preset(groups: Iterable[Group], options: Options) -> str:
-    """The preset to draw: as asked for, or the paper's if one of these groups has it."""
-    if options.preset != "auto":
-        return options.preset
-    return "paper" if any(group.preset == "paper" for group in groups) else "cpu"
-
-
-def select(options: Options) -> tuple[dict[tuple[str, str], Group], str]:
-    """The groups to draw by (method, task), in the paper's order, and their preset; names those
-    left out.
-
-    A group is drawn if it differs from its preset in nothing but `--where`. CannotDraw if there is
-    none.
+def pool(options: Options) -> list[Group]:
+    """The groups that may be drawn: named ones, and in folders those of the asked preset (or the
+    paper's, if there are any) and of `--where`, as far as their scripts have the argument.
     """
     groups = load(options.runs, options.unfinished)
-    where, chosen = asked(options, groups), {}
-    preset = pick_preset([group for group in groups if as_asked(group, where)], options)
-    order = {name: i for i, name in enumerate((*METHODS, *TASKS))}
-    for group in sorted(
-        groups, key=lambda g: (order.get(g.method, 99), order.get(g.task, 99), g.task)
-    ):
-        if group.preset == preset and as_asked(group, where):
-            chosen[group.method, group.task] = group
-        else:
-            print(f"left out: {group}")
+    where = asked(options, groups)
+    named = [group for group in groups if group.named]
+    others = []
+    for group in groups:
+        values = {name: value_of(group, name) for name in where}
+        fits = all(v is None or items(v) == items(where[name]) for name, v in values.items())
+        known = usual_args(group.method, group.preset, group.total)
+        if fits and known and not group.named:
+            others.append(group)
+    preset = options.preset
+    if preset == "auto":
+        preset = "paper" if any(group.preset == "paper" for group in others) else "cpu"
+    return named + [group for group in others if group.preset == preset]
+
+
+def without(group: Group, *names: str) -> str:
+    """A group's source, length and settings but for these: what the others have to share."""
+    rest = {name: value for name, value in group.settings.items() if name not in names}
+    return json.dumps([group.source, group.total, rest], sort_keys=True)
+
+
+def plainness(group: Group) -> tuple:
+    """Sorts the longest first, then those with the fewest settings, then with the most seeds."""
+    return -group.total, len(group.settings), -len(group.curves), str(group.settings)
+
+
+def comparable(groups: list[Group]) -> list[Group]:
+    """Of groups of one source and task one for each name, all under the same CONDITIONS.
+
+    Of several conditions: the longest runs, then the most names, then the fewest settings.
+    """
+    under: dict[str, dict[str, Group]] = {}
+    for group in sorted(groups, key=plainness):
+        condition = {name: items(value_of(group, name)) for name in CONDITIONS}
+        key = json.dumps(condition | {"total_timesteps": group.total}, sort_keys=True)
+        under.setdefault(key, {}).setdefault(group.name, group)
+
+    def order(alike: dict[str, Group]) -> tuple:
+        some = next(iter(alike.values()))
+        return some.total, len(alike), -sum(len(group.settings) for group in alike.values())
+
+    return list(max(under.values(), key=order).values())
+
+
+def select(options: Options) -> list[Group]:
+    """The groups to draw, labelled, in the paper's order; says in a line how many are left out.
+
+    Run directories that `--runs` names are drawn as they are. Of the runs in a folder, those that
+    can be compared, see `comparable`; runs on a frozen decoder (Figure 6) only if `--where` asks.
+    CannotDraw if there is none.
+    """
+    candidates, every = pool(options), load(options.runs, options.unfinished)
+    chosen = [group for group in candidates if group.named]
+    frozen = "decoder_from" in asked(options, every)
+    by_task: dict[tuple[str, str], list[Group]] = {}
+    for group in candidates:
+        if not group.named and ("decoder_from" in group.settings) == frozen:
+            by_task.setdefault((group.source, group.task), []).append(group)
+    for groups in by_task.values():
+        chosen += comparable(groups)
     if not chosen:
-        call = [f"of preset {preset}"] * (options.preset != "auto") + [
-            f"with {w}" for w in options.where
-        ]
-        found = ", ".join(sorted({f"preset {g.preset}" for g in groups})) or "no run at all"
-        raise CannotDraw(
-            f"no finished run {', '.join([*call, 'else as its preset'])} (there: {found})"
-        )
-    for group in chosen.values():
+        call = " ".join([f"--preset {options.preset}"] * (options.preset != "auto"))
+        call = " ".join([call, *options.where]).strip() or "a script of this folder"
+        there = ", ".join(sorted({f"preset {group.preset}" for group in every}))
+        raise CannotDraw(f"no finished run of {call} (there: {there or 'no run at all'})")
+    order = {name: i for i, name in enumerate((*METHODS, *TASKS))}
+    chosen.sort(key=lambda g: (order.get(g.method, 99), "exp_name" in g.settings, g.source))
+    chosen.sort(key=lambda g: (order.get(g.task, 99), g.task))
+    chosen = labelled(chosen)
+    report(chosen, every)
+    return chosen
+
+
+def labelled(groups: list[Group]) -> list[Group]:
+    """The groups with labels that tell those of one task apart: by name, then folder, then settings
+    that differ.
+    """
+    done = []
+    for group in groups:
+        alike = [g for g in groups if (g.name, g.task) == (group.name, group.task)]
+        label = group.name
+        if len({g.source for g in alike}) > 1:
+            label += f", {group.source or 'named'}"
+        alike = [g for g in alike if g.source == group.source]
+        if len(alike) > 1:
+            known = sorted({name for g in alike for name in g.settings})
+            differs = [n for n in known if len({shown(value_of(g, n)) for g in alike}) > 1]
+            label += "".join(f", {name}={shown(value_of(group, name))}" for name in differs)
+            if len({g.preset for g in alike}) > 1:
+                label += f", preset {group.preset}"
+            if len({g.total for g in alike}) > 1 and "total_timesteps" not in differs:
+                label += f", {group.total / 1e6:g}M steps"
+        done.append(replace(group, label=label))
+    others = [x for x in dict.fromkeys(g.label for g in done) if x not in METHODS.values()]
+    places = {label: place for place, label in enumerate(others)}
+    return [replace(group, spare=places.get(group.label, 0)) for group in done]
+
+
+def report(drawn: list[Group], every: tuple[Group, ...]) -> None:
+    """Prints a line for each group that is drawn, and one for all others."""
+    for group in drawn:
         print(f"drawn: {group}")
-    return chosen, preset
+    if rest := len(every) - len(drawn):
+        ask = "--where or --preset asks for others, --runs RUN_DIR draws a run as it is"
+        print(f"left out: {rest} other setting{'s' * (rest > 1)} ({ask})")
 
 
 def align(group: Group) -> tuple[np.ndarray, np.ndarray]:

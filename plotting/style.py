@@ -24,7 +24,7 @@ COLOURS = {
     "gorl_fm_ppo": "#D55E00",
 }
 DASHES = {"ppo_gaussian": (4, 1.5), "fpo": (1.2, 1.2), "dppo": (4, 1.2, 1.2, 1.2)}
-SPARE = ("#CC79A7", "#56B4E9", "#000000", "#F0E442")  # for scripts of a fork
+SPARE = ("#CC79A7", "#56B4E9", "#000000", "#B8A800", "#8C564B", "#6A3D9A")  # for other names
 WIDTH = 6.75  # inches, the width of a page's text
 
 plt.rcParams.update(
@@ -53,18 +53,19 @@ plt.rcParams.update(
 )
 
 
-def label(method: str) -> str:
-    """The paper's name of a script's method; a fork's script keeps its own."""
-    return METHODS.get(method, method)
+def method_line(method: str) -> dict:
+    """Colour and dashes of one of the paper's methods, by its script's stem."""
+    return {"color": COLOURS[method], "dashes": DASHES.get(method, (None, None))}
 
 
-def line(method: str) -> dict:
-    """Colour and dashes of a method, for `plot`; a script that is not the paper's gets one by its
-    name.
-    """
-    if method in COLOURS:
-        return {"color": COLOURS[method], "dashes": DASHES.get(method, (None, None))}
-    return {"color": SPARE[sum(map(ord, method)) % len(SPARE)], "dashes": (6, 1)}
+def line(group: runs.Group) -> dict:
+    """Colour and dashes of a group, for `plot`: its method's, but for runs of another name."""
+    if group.name != METHODS.get(group.method):
+        return {"color": SPARE[group.spare % len(SPARE)], "dashes": (6, 1)}
+    look = method_line(group.method)
+    if group.label not in ("", group.name):  # beside others of that name
+        look["dashes"] = (1 + group.spare % 3, 1)
+    return look
 
 
 def band(axes: Axes, steps: np.ndarray, mean: np.ndarray, std: np.ndarray, **look) -> None:
@@ -99,13 +100,11 @@ def grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
 
 def note(
     groups: Iterable[runs.Group],
-    preset: str,
-    what: str = "mean and std over",
+    what: str = "Mean and standard deviation over",
     counts: set[int] | None = None,
     paper: int = TOTAL_TIMESTEPS,
 ) -> str:
-    """The line over a figure: what is drawn of how many seeds and steps, and where the paper has
-    more.
+    """The caption: what is drawn, of how many seeds and steps, and where the paper has more.
 
     `counts`: numbers of seeds, if they are not the groups' own.
     """
@@ -113,14 +112,17 @@ def note(
     counts = counts or {len(group.curves) for group in groups}
     few, many = min(counts), max(counts)
     text = f"{what} {few if few == many else f'{few} to {many}'} seed{'s' * (many > 1)}"
-    if few < SEEDS:
-        text += f", fewer than the paper's {SEEDS}"
-    if preset != "paper":
-        text += f"; --preset {preset}"
-    if (steps := min(group.reached for group in groups)) < paper:
-        text += f"; {steps / 1e6:.3g}M steps, the paper has {paper / 1e6:g}M"
+    text += f", fewer than the paper's {SEEDS}." if few < SEEDS else "."
+    reached = sorted({group.reached for group in groups})
+    if reached[0] < paper:
+        short = " to ".join(
+            f"{steps / 1e6:.3g}M" for steps in dict.fromkeys(reached[:: len(reached) - 1 or 1])
+        )
+        text += f" {short} steps; the paper has {paper / 1e6:g}M."
+    if any(group.preset == "cpu" for group in groups):
+        text += " Sizes of --preset cpu."
     if any(group.reached != group.total for group in groups):
-        text += "; unfinished"
+        text += " Not all runs are finished."
     return text
 
 

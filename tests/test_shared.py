@@ -149,3 +149,9 @@ def test_lint(command):
     ruff = [sys.executable, "-m", "ruff", *command.split(), *paths]
     done = subprocess.run(ruff, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_commits_are_checked_by_the_pinned_ruff():
+    """Otherwise a commit that pre-commit has formatted fails `test_lint`."""
+    pinned = re.search("^ruff==(.+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
+    assert f"rev: v{pinned}  #" in (ROOT / ".pre-commit-config.yaml").read_text()
