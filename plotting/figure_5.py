@@ -28,11 +28,14 @@ def sweep(options: runs.Options, method: str, env_id: str) -> dict[float, runs.G
 
     Of several such sweeps, the one of the most betas, then the longest.
     """
-    sweeps: dict[str, dict[float, runs.Group]] = {}
-    for group in sorted(runs.pool(options), key=runs.plainness):
+
+    def drawable(group: runs.Group) -> bool:
         mine = (group.method, group.task) == (method, env_id)
-        if mine and beta(group) is not None:
-            sweeps.setdefault(runs.without(group, "kl_coef"), {}).setdefault(beta(group), group)
+        return mine and beta(group) is not None and "decoder_from" not in group.settings
+
+    sweeps: dict[str, dict[float, runs.Group]] = {}
+    for group in sorted(runs.pool(options, drawable), key=runs.plainness):
+        sweeps.setdefault(runs.without(group, "kl_coef"), {}).setdefault(beta(group), group)
     found = max(sweeps.values(), key=len, default={})
     if len(found) < 2:
         have = f"only beta {', '.join(map(str, found))}" if found else "none"

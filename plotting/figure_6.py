@@ -23,13 +23,16 @@ def by_stage(options: runs.Options, method: str) -> dict[str, dict[int | str, ru
     Of several settings of a task, the one with the most stages is drawn, then the longest. A
     decoder whose run is not at hand goes by its file's name. CannotDraw if there is no such run.
     """
-    found: dict[str, dict[str, dict[int | str, runs.Group]]] = {}
-    for group in sorted(runs.pool(options), key=runs.plainness):
+
+    def drawable(group: runs.Group) -> bool:
         frozen = group.method == method and "decoder_from" in group.settings
-        if frozen and not runs.refinements(group):
-            alike = found.setdefault(group.task, {})
-            stages = alike.setdefault(runs.without(group, "decoder_from"), {})
-            stages.setdefault(group.settings["decoder_from"], group)
+        return frozen and not runs.refinements(group)
+
+    found: dict[str, dict[str, dict[int | str, runs.Group]]] = {}
+    for group in sorted(runs.pool(options, drawable), key=runs.plainness):
+        alike = found.setdefault(group.task, {})
+        stages = alike.setdefault(runs.without(group, "decoder_from"), {})
+        stages.setdefault(group.settings["decoder_from"], group)
     if not found:
         text = f"no finished run of {method}.py of one stage with --decoder-from POLICY_FILE"
         raise runs.CannotDraw(text)

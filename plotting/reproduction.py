@@ -32,9 +32,12 @@ def cells(logs: Logs) -> dict[tuple[str, str], runs.Group]:
     """
     found = {}
     for preset, task in product(("cpu", "paper"), TASKS):
-        groups = runs.pool(runs.Options(logs.runs, preset=preset))
-        groups = [g for g in groups if g.task == task and g.name in METHODS.values()]
-        groups = [g for g in groups if not {"decoder_from", "impl"} & set(g.settings)]
+
+        def drawable(group: runs.Group, task: str = task) -> bool:
+            other = {"decoder_from", "impl"} & set(group.settings)
+            return group.task == task and group.name in METHODS.values() and not other
+
+        groups = runs.pool(runs.Options(logs.runs, preset=preset), drawable)
         if groups:
             found |= {(task, group.name): group for group in runs.comparable(groups)}
     return found

@@ -389,12 +389,13 @@ def value_of(group: Group, name: str) -> Any:
     return group.settings.get(name, usual_args(group.method, group.preset, group.total).get(name))
 
 
-def pool(options: Options) -> list[Group]:
-    """The groups that may be drawn: named ones, and in folders those of the asked preset (or the
-    paper's, if there are any) and of `--where`, as far as their scripts have the argument.
+def pool(options: Options, drawable: Callable[[Group], bool] = lambda group: True) -> list[Group]:
+    """Of the groups that a figure can draw, the named ones, and in folders those of `--where` (as
+    far as their scripts have the argument) and of the asked preset, or the paper's if there are
+    any.
     """
-    groups = load(options.runs, options.unfinished)
-    where = asked(options, groups)
+    every = load(options.runs, options.unfinished)
+    where, groups = asked(options, every), [group for group in every if drawable(group)]
     named = [group for group in groups if group.named]
     others = []
     for group in groups:
@@ -445,12 +446,13 @@ def select(options: Options) -> list[Group]:
     can be compared, see `comparable`; runs on a frozen decoder (Figure 6) only if `--where` asks.
     CannotDraw if there is none.
     """
-    candidates, every = pool(options), load(options.runs, options.unfinished)
-    chosen = [group for group in candidates if group.named]
+    every = load(options.runs, options.unfinished)
     frozen = "decoder_from" in asked(options, every)
+    candidates = pool(options, lambda g: g.named or ("decoder_from" in g.settings) == frozen)
+    chosen = [group for group in candidates if group.named]
     by_task: dict[tuple[str, str], list[Group]] = {}
     for group in candidates:
-        if not group.named and ("decoder_from" in group.settings) == frozen:
+        if not group.named:
             by_task.setdefault((group.source, group.task), []).append(group)
     for groups in by_task.values():
         chosen += comparable(groups)

@@ -69,9 +69,10 @@ def fresh_cache():
 def test_the_papers_table():
     """Otherwise ours is compared with numbers that the paper does not have."""
     bold = {
-        task: max(paper.METHODS, key=lambda m: paper.reported(m, task)[0]) for task in paper.TASKS
+        task: max(paper.METHODS.values(), key=lambda m: paper.reported(m, task)[0])
+        for task in paper.TASKS
     }
-    diff, fm = "gorl_diff_ppo", "gorl_fm_ppo"  # the bold entries of the paper's Table 1
+    diff, fm = "GoRL(DIFF)", "GoRL(FM)"  # the bold entries of the paper's Table 1
     assert list(bold.values()) == [diff, fm, diff, fm, diff, fm]
     assert all(len(row) == len(paper.TASKS) for row in paper.TABLE_1.values())
     assert sum(mean for row in paper.TABLE_1.values() for mean, _ in row) == pytest.approx(17538.02)
@@ -109,17 +110,17 @@ def test_seeds_are_collected_and_settings_kept_apart(tmp_path, capsys):
         ("ppo_gaussian", "FishSwim", "cpu", ""): [1],
         ("fpo", "FishSwim", "paper", ""): [1],
     }
-    chosen, preset = runs.select(options(tmp_path))
-    assert preset == "paper" and len(chosen) == 3
+    chosen = runs.select(options(tmp_path))
+    assert {g.preset for g in chosen} == {"paper"} and len(chosen) == 3
     out = capsys.readouterr().out
     assert "drawn: PPO, FishSwim: seeds 1, 2, 3, 180M steps" in out
-    assert "left out: PPO, FishSwim, clip_eps=0.1: seeds 1," in out
+    assert out.count("\n") == 4 and "left out: 2 other settings (" in out
     for where in ("clip-eps=0.1", "clip_eps=1e-1", "--clip-eps=.1"):
-        chosen, _ = runs.select(options(tmp_path, where=(where,)))
-        assert chosen["ppo_gaussian", "FishSwim"].settings == {"clip_eps": 0.1}
-    chosen, _ = runs.select(options(tmp_path, where=("clip_eps=0.3",)))  # PPO's default, not FPO's
-    assert set(chosen) == {("ppo_gaussian", "FishSwim"), ("ppo_gaussian", "HopperStand")}
-    assert runs.select(options(tmp_path, preset="cpu"))[0].keys() == {("ppo_gaussian", "FishSwim")}
+        (group,) = runs.select(options(tmp_path, where=(where,)))
+        assert group.settings == {"clip_eps": 0.1}
+    chosen = runs.select(options(tmp_path, where=("clip_eps=0.3",)))  # PPO's default, not FPO's
+    assert [(g.name, g.task) for g in chosen] == [("PPO", "FishSwim"), ("PPO", "HopperStand")]
+    assert [g.task for g in runs.select(options(tmp_path, preset="cpu"))] == ["FishSwim"]
 
 
 def set_argument(name, value):
@@ -173,7 +174,7 @@ def test_damaged_runs_are_named_and_skipped(tmp_path, capsys, reason, damage):
     (group,) = runs.load((tmp_path,))
     assert runs.final_returns(group) == pytest.approx([100])
     out = capsys.readouterr().out
-    assert f"skipped {tmp_path / 'bad'}: " in out and reason in out and out.count("\n") == 1
+    assert f"skipped: {tmp_path / 'bad'} (" in out and reason in out and out.count("\n") == 1
 
 
 def test_a_seed_counts_once(tmp_path, capsys):
@@ -194,11 +195,11 @@ def test_a_seed_counts_once(tmp_path, capsys):
     (group,) = runs.load((tmp_path,))
     assert runs.final_returns(group) == pytest.approx([101, 102, 300, 50])
     out = capsys.readouterr().out
-    assert f"skipped seed 1 of {tmp_path / 'b'}: a copy of {tmp_path / 'a'}" in out
-    assert f"skipped seed 2 of {tmp_path / 'c'}: there is already {tmp_path / 'a'}" in out
+    assert f"seed 1 of {tmp_path / 'b'} (a copy of {tmp_path / 'a'})" in out
+    assert f"seed 2 of {tmp_path / 'c'} (there is already {tmp_path / 'a'})" in out
 
 
-def test_experiments_and_links(tmp_path, capsys):
+def test_experiments_and_links(tmp_path):
     """Otherwise an edited script's runs are averaged with the original's, or linked runs are not
     seen.
     """
@@ -214,11 +215,12 @@ def test_experiments_and_links(tmp_path, capsys):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/link").symlink_to(tmp_path / "disk")
     (tmp_path / "disk/loop").symlink_to(tmp_path / "disk")
-    chosen, _ = runs.select(options(tmp_path / "runs"))
-    assert runs.final_returns(*chosen.values()) == pytest.approx([100])
-    assert "left out: PPO, FishSwim, exp_name=no_entropy: seeds 2" in capsys.readouterr().out
-    chosen, _ = runs.select(options(tmp_path / "runs", where=("exp_name=no_entropy",)))
-    assert runs.final_returns(*chosen.values()) == pytest.approx([300])
+    chosen = runs.select(options(tmp_path / "runs"))
+    got = [(group.label, *runs.final_returns(group)) for group in chosen]
+    assert got == [("PPO", pytest.approx(100)), ("no_entropy", pytest.approx(300))]
+    assert style.line(chosen[1])["color"] == style.SPARE[0]
+    (chosen,) = runs.select(options(tmp_path / "runs", where=("exp_name=no_entropy",)))
+    assert runs.final_returns(chosen) == pytest.approx([300])
 
 
 def test_unfinished_runs_on_request(tmp_path):
@@ -229,7 +231,7 @@ def test_unfinished_runs_on_request(tmp_path):
         edit("eval.csv", lambda text, rows=rows: "\n".join(text.splitlines()[:rows]))(folder)
     with pytest.raises(runs.CannotDraw):
         runs.select(options(tmp_path))
-    (group,) = runs.select(options(tmp_path, unfinished=True))[0].values()
+    (group,) = runs.select(options(tmp_path, unfinished=True))
     steps, returns = runs.align(group)
     assert len(steps) == 9 and returns.shape == (2, 9)
 
@@ -253,9 +255,10 @@ def test_where_reads_values_as_a_user_writes_them(tmp_path):
     for where, task in (
         ("reinit-critic=true", "FishSwim"),
         ("reinit_critic=False", "HopperStand"),
-        ("stage_timesteps=60000000,60000000,30000000,30000000", "HopperStand"),
+        ("stage_timesteps=6e7,60000000,3e7,30000000", "FishSwim HopperStand"),
     ):
-        assert set(runs.select(options(tmp_path, where=(where,)))[0]) == {("gorl_fm_ppo", task)}
+        chosen = runs.select(options(tmp_path, where=(where,)))
+        assert [group.task for group in chosen] == task.split()
     with pytest.raises(SystemExit):
         runs.select(options(tmp_path, where=("gamma=0.9", "gamma=0.99")))
 
@@ -311,7 +314,7 @@ def test_logs_of_the_first_version_are_drawn_beside_new_ones(tmp_path):
     write_run(tmp_path / "new_beta", "gorl_fm_ppo", "FishSwim", rising(1), kl_coef=0.1)
     got = {runs.shown(list(g.settings.items())): sorted(g.curves) for g in runs.load((tmp_path,))}
     assert got == {"": [1, 2, 3], "max_grad_norm,0.5,1.0": [4], "kl_coef,0.1": [1, 5]}
-    (chosen,) = runs.select(options(tmp_path, where=("max_grad_norm=0.5,1",)))[0].values()
+    (chosen,) = runs.select(options(tmp_path, where=("max_grad_norm=0.5,1",)))
     assert sorted(chosen.curves) == [4]
 
 
@@ -320,17 +323,63 @@ def test_unknown_scripts_do_not_stop_anything(tmp_path, capsys):
     write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     set_argument("versions", {"script": "../../evil.py"})(tmp_path / "b")
-    chosen, _ = runs.select(options(tmp_path))
-    assert (
-        set(chosen) == {("ppo_gaussian", "FishSwim")}
-        and "left out: evil" in capsys.readouterr().out
-    )
+    (chosen,) = runs.select(options(tmp_path))
+    assert chosen.method == "ppo_gaussian" and "left out: 1 other" in capsys.readouterr().out
+
+
+def test_named_runs_are_drawn_as_they_are(tmp_path, capsys):
+    """Otherwise a user's own run needs arguments to be seen, or is not seen before it ends."""
+    write_run(tmp_path / "a", "gorl_fm_ppo", "CheetahRun", rising(5), preset="cpu", kl_coef=0.1)
+    write_run(tmp_path / "b", "gorl_fm_ppo", "CheetahRun", rising(7), num_envs=64)
+    write_run(tmp_path / "c", "gorl_fm_ppo", "CheetahRun", rising(9), preset="cpu", gamma=0.9)
+    edit("eval.csv", lambda text: "".join(text.splitlines(keepends=True)[:4]))(tmp_path / "a")
+    for run in "ab":
+        (group,) = runs.select(runs.Options(runs=(tmp_path / run,), out=tmp_path))
+        assert group.label == "GoRL(FM)" and group.curves[1].run == tmp_path / run
+    two = runs.select(runs.Options(runs=(tmp_path / "a", tmp_path / "c"), out=tmp_path))
+    labels = {"GoRL(FM), gamma=0.995, kl_coef=0.1", "GoRL(FM), gamma=0.9, kl_coef=0.001"}
+    assert {group.label for group in two} == labels
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_folders_are_side_by_side(tmp_path):
+    """Otherwise a user's seeds are averaged with those of `results/`."""
+    for folder, seeds in (("mine", (1, 2)), ("theirs", (2, 3))):
+        write_run(tmp_path / folder / "a", "ppo_gaussian", "FishSwim", rising(1), seeds=seeds)
+    write_run(tmp_path / "theirs" / "earlier" / "b", "ppo_gaussian", "FishSwim", rising(1), (4,))
+    write_run(tmp_path / "mine" / "fork", "fpo", "FishSwim", rising(2))
+    both = runs.Options(runs=(tmp_path / "mine", tmp_path / "theirs"), out=tmp_path)
+    got = {group.label: sorted(group.curves) for group in runs.select(both)}
+    mine, theirs = (f"PPO, {tmp_path / name}" for name in ("mine", "theirs"))
+    assert got == {mine: [1, 2], theirs: [2, 3], "FPO": [1]}
+    (earlier,) = runs.select(runs.Options(runs=(tmp_path / "theirs/earlier",), out=tmp_path))
+    assert sorted(earlier.curves) == [4]
+
+
+def test_methods_are_compared_under_equal_conditions(tmp_path):
+    """Otherwise a discount or a length is taken for a method's merit."""
+    letter = {"gamma": 0.95, "advantage_temperature": 0.0, "exp_name": "letter"}
+    for name, method, changes in (
+        ("long", "ppo_gaussian", {"gamma": 0.95}),
+        ("long_fm", "gorl_fm_ppo", {"gamma": 0.95}),
+        ("long_letter", "gorl_fm_ppo", letter),
+        ("beta", "gorl_fm_ppo", {"gamma": 0.95, "kl_coef": 0.5}),
+        ("other", "gorl_fm_ppo", {}),
+        ("short", "fpo", {"gamma": 0.95, "total_timesteps": 6_000_000}),
+        ("frozen", "gorl_fm_ppo", {"decoder_from": "x/policy_1.npz"}),
+    ):
+        write_run(tmp_path / name, method, "FishSwim", rising(1), **changes)
+    chosen = {group.label: group.curves[1].run.name for group in runs.select(options(tmp_path))}
+    assert chosen == {"PPO": "long", "GoRL(FM)": "long_fm", "letter": "long_letter"}
+    for where, names in (("gamma=0.995", {"other"}), ("decoder_from=policy_1", {"frozen"})):
+        chosen = runs.select(options(tmp_path, where=(where,)))
+        assert {group.curves[1].run.name for group in chosen} == names
 
 
 def test_missing_folders_are_an_error(tmp_path, capsys):
     """Otherwise a mistyped path gives a figure without the runs that were meant."""
     with pytest.raises(SystemExit) as error:
-        runs.find((tmp_path / "rnus",))
+        runs.find(tmp_path / "rnus")
     assert error.value.code == 2 and "--runs: got" in capsys.readouterr().err
     write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100))
     for where in ("clip_eps", "clip_esp=0.1", "env_id=HopperStand", "seed=1"):
@@ -386,10 +435,10 @@ def test_figure_4(tmp_path, figures):
         )
         marked = [c.lines[0].get_data() for c in axes.containers]  # the paper's final returns
         assert [float(y[0]) for _, y in marked] == [
-            paper.reported(m, axes.get_title())[0] for m in paper.METHODS
+            paper.reported(m, axes.get_title())[0] for m in paper.METHODS.values()
         ]
         assert all(x[0] > 180 for x, _ in marked)
-    assert "3 seeds, fewer than the paper's 5" in figure.get_suptitle()
+    assert "over 3 seeds, fewer than the paper's 5." in figure.get_suptitle().replace("\n", " ")
     figure.canvas.draw()
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
@@ -404,11 +453,8 @@ def test_figure_4_says_what_it_is(tmp_path, figures):
     write_run(tmp_path / "a", "gorl_fm_ppo", "CheetahRun", rising(100), preset="cpu")
     figure_4.draw(options(tmp_path))
     text = figures[0].get_suptitle().replace("\n", " ")
-    assert (
-        "1 seed, fewer" in text
-        and "--preset cpu" in text
-        and "1.2M steps, the paper has 180M" in text
-    )
+    assert "1 seed, fewer" in text and "--preset cpu" in text
+    assert "1.2M steps; the paper has 180M" in text
     assert not figures[0].axes[0].containers  # the paper's returns are no comparison here
 
 
@@ -421,7 +467,7 @@ def test_unfinished_figures_say_so(tmp_path, figures):
     edit("eval.csv", lambda text: "".join(text.splitlines(keepends=True)[:5]))(tmp_path / "b")
     figure_4.draw(options(tmp_path, unfinished=True))
     text = figures[0].get_suptitle().replace("\n", " ")
-    assert "5.9M steps, the paper has 180M; unfinished" in text
+    assert "5.9M to 180M steps; the paper has 180M. Not all runs are finished." in text
     (text,) = (
         f.read_text()
         for f in table_1.draw(options(tmp_path, unfinished=True))
@@ -484,15 +530,19 @@ def test_best_by_the_papers_rule():
 
 
 def fake_groups(values):
-    """Groups by (method, task) with these final returns by seed."""
+    """Groups with these final returns by seed, by (name, task)."""
 
-    def group(method, task, by_seed):
+    def group(name, task, by_seed):
         curves = {
             s: runs.Curve(np.array([0, 10]), np.array([0, r]), Path()) for s, r in by_seed.items()
         }
-        return runs.Group(method, task, "paper", {}, 10, 10, curves)
+        return runs.Group(name, task, "paper", {}, 10, 10, curves, label=name)
 
-    return {key: group(*key, by_seed) for key, by_seed in values.items()}
+    return [group(*key, by_seed) for key, by_seed in values.items()]
+
+
+def final_scores(values):
+    return aggregate.scores(fake_groups(values), runs.final_returns)
 
 
 def test_aggregate_against_scipy():
@@ -501,15 +551,15 @@ def test_aggregate_against_scipy():
     tasks, seeds = ("CheetahRun", "HopperStand", "WalkerWalk"), range(1, 6)
     values = {
         (m, t): {s: level + 100 * i + 5 * rng.normal() for s in seeds}
-        for m, level in (("ppo_gaussian", 100), ("gorl_fm_ppo", 130), ("fpo", 101))
+        for m, level in (("PPO", 100), ("GoRL(FM)", 130), ("FPO", 101))
         for i, t in enumerate(tasks)
     }
-    by_method, got_tasks = aggregate.scores(fake_groups(values))
-    assert got_tasks == list(tasks) and by_method["fpo"].shape == (5, 3)
-    assert by_method["fpo"][1, 2] == values["fpo", "WalkerWalk"][2]
-    iqm, better = aggregate.statistics(by_method, reps=300)
-    for method, x in by_method.items():
-        estimate, low, high = iqm[method]
+    by_name, got_tasks = final_scores(values)
+    assert got_tasks == list(tasks) and by_name["FPO"].shape == (5, 3)
+    assert by_name["FPO"][1, 2] == values["FPO", "WalkerWalk"][2]
+    iqm, better = aggregate.statistics(by_name, reps=300)
+    for name, x in by_name.items():
+        estimate, low, high = iqm[name]
         assert estimate == pytest.approx(stats.trim_mean(x, 0.25, axis=None))
         draws = [
             stats.trim_mean(x[rng.integers(5, size=x.shape), np.arange(3)], 0.25, axis=None)
@@ -517,35 +567,42 @@ def test_aggregate_against_scipy():
         ]
         np.testing.assert_allclose([low, high], np.quantile(draws, [0.025, 0.975]), atol=0.8)
         assert high - low < 15  # the tasks, 100 apart, are strata: they do not widen it
-    assert better["gorl_fm_ppo"] == (1, 1, 1) and "ppo_gaussian" not in better
-    x, y = by_method["fpo"], by_method["ppo_gaussian"]
-    assert better["fpo"][0] == pytest.approx(
-        np.mean([a > b for t in range(3) for a in x[:, t] for b in y[:, t]])
-    )
-    assert better["fpo"][1] < better["fpo"][0] < better["fpo"][2]
-    assert aggregate.statistics(by_method, reps=100) == aggregate.statistics(by_method, reps=100)
+    assert better["GoRL(FM)"] == (1, 1, 1) and "PPO" not in better
+    x, y = by_name["FPO"], by_name["PPO"]
+    wins = [a > b for t in range(3) for a in x[:, t] for b in y[:, t]]
+    assert better["FPO"][0] == pytest.approx(np.mean(wins))
+    assert better["FPO"][1] < better["FPO"][0] < better["FPO"][2]
+    assert aggregate.statistics(by_name, reps=100) == aggregate.statistics(by_name, reps=100)
 
 
 def test_aggregate_uses_what_is_common(capsys):
     """Otherwise methods are compared on different tasks or seeds."""
     values = {
-        ("ppo_gaussian", "CheetahRun"): {1: 1.0, 2: 2.0, 3: 3.0},
-        ("fpo", "CheetahRun"): {2: 20.0, 3: 30.0, 4: 40.0},
-        ("fpo", "FishSwim"): {2: 5.0, 3: 6.0},
+        ("PPO", "CheetahRun"): {1: 1.0, 2: 2.0, 3: 3.0},
+        ("FPO", "CheetahRun"): {2: 20.0, 3: 30.0, 4: 40.0},
+        ("FPO", "FishSwim"): {2: 5.0, 3: 6.0},
+        ("alone", "CheetahRun"): {2: 5.0},
     }
-    by_method, tasks = aggregate.scores(fake_groups(values))
+    by_name, tasks = final_scores(values)
     assert tasks == ["CheetahRun"] and "have run them: FishSwim" in capsys.readouterr().out
-    assert by_method["fpo"].tolist() == [[20], [30], [40]]
-    assert by_method["ppo_gaussian"].tolist() == [[1], [2], [3]]
-    for few in ({("fpo", "FishSwim"): {1: 1.0, 2: 2.0}}, {k: {1: 1.0} for k in values}):
+    assert {name: x.tolist() for name, x in by_name.items()} == {
+        "FPO": [[20], [30], [40]],
+        "PPO": [[1], [2], [3]],
+    }
+    for few in ({("FPO", "FishSwim"): {1: 1.0, 2: 2.0}}, {k: {1: 1.0} for k in values}):
         with pytest.raises(runs.CannotDraw):
-            aggregate.scores(fake_groups(few))
-    del values["fpo", "CheetahRun"], values["ppo_gaussian", "CheetahRun"]
-    values |= {("gorl_fm_ppo", "FishSwim"): {1: 7.0, 2: 8.0}}
-    iqm, better = aggregate.statistics(aggregate.scores(fake_groups(values))[0], reps=100)
-    assert (
-        set(iqm) == {"fpo", "gorl_fm_ppo"} and better == {}
-    )  # without PPO, nothing to compare with
+            final_scores(few)
+    del values["FPO", "CheetahRun"], values["PPO", "CheetahRun"]
+    values |= {("GoRL(FM)", "FishSwim"): {1: 7.0, 2: 8.0}}
+    iqm, better = aggregate.statistics(final_scores(values)[0], reps=100)
+    assert set(iqm) == {"FPO", "GoRL(FM)"} and better == {}  # without PPO, nothing to compare with
+
+
+def test_area_under_a_curve():
+    """Otherwise a method that learns early counts as one that learns late."""
+    curve = runs.Curve(np.array([0, 10, 40]), np.array([0.0, 100.0, 100.0]), Path())
+    group = runs.Group("x", "FishSwim", "paper", {}, 40, 40, {1: curve, 2: curve})
+    assert aggregate.area(group).tolist() == [87.5, 87.5]
 
 
 def test_aggregate_figure(tmp_path, figures):
@@ -554,10 +611,14 @@ def test_aggregate_figure(tmp_path, figures):
         write_run(tmp_path / method, method, "CheetahRun", rising(end, 1), seeds=(1, 2, 3))
     (tmp_path / "out").mkdir()
     *_, text = aggregate.draw(options(tmp_path), reps=100)
-    left, right = figures[0].axes
+    left, *others = figures[0].axes
     assert [t.get_text() for t in left.get_yticklabels()] == ["GoRL(FM)", "FPO", "PPO"]
-    assert [t.get_text() for t in right.get_yticklabels()] == ["GoRL(FM)", "FPO"]
-    assert re.search(r"GoRL\(FM\) +IQM 202.0 .*P\(better than PPO\) 1.00", text.read_text())
+    for panel in others:
+        assert [t.get_text() for t in panel.get_yticklabels()] == ["GoRL(FM)", "FPO"]
+    line = text.read_text().splitlines()[-1]
+    assert line.startswith("GoRL(FM): IQM of the last return 202.0 [")
+    assert "P(last return above PPO's) 1.00 [1.00, 1.00]; IQM of the area 101.0 [" in line
+    assert line.endswith("P(area above PPO's) 1.00 [1.00, 1.00]")
 
 
 def test_figure_5(tmp_path, figures, capsys):
@@ -583,10 +644,9 @@ def test_figure_5(tmp_path, figures, capsys):
     assert ends == {r"$\beta$ = 0": 200, r"$\beta$ = 0.001": 300, r"$\beta$ = 0.1": 100}
     assert [t.get_text() for t in right.get_xticklabels()] == ["0", "0.001", "0.1"]
     assert right.collections[-1].get_offsets()[:, 1].tolist() == [200, 300, 100]
-    assert "0.0001, 0.0005, 0.005, 0.01, 0.05 not run" in figures[0].get_suptitle().replace(
-        "\n", " "
-    )
-    assert "left out: GoRL(FM), CheetahRun, kl_coef=0.1,0.1" in capsys.readouterr().out
+    missing = "0.0001, 0.0005, 0.005, 0.01, 0.05 have not been run"
+    assert missing in figures[0].get_suptitle().replace("\n", " ")
+    assert "left out: 2 other settings" in capsys.readouterr().out
 
 
 def test_figure_5_of_short_runs(tmp_path, figures):
@@ -645,14 +705,15 @@ def test_figure_6(tmp_path, figures):
     for axes in figures[0].axes:
         ends = [(line.get_label(), line.get_ydata()[-1]) for line in axes.get_lines()]
         assert ends == list(zip(names, [50, 150, 250, 350], strict=True))
-    assert figures[0].get_suptitle() == "mean and std over 2 seeds, fewer than the paper's 5"
+    caption = "Mean and standard deviation over 2 seeds, fewer than the paper's 5."
+    assert figures[0].get_suptitle() == caption
     shutil.rmtree(tmp_path / "HopperStand32")
     shutil.rmtree(tmp_path / "HopperStand31")
     for stage in range(4):
         on_decoder(tmp_path / f"short{stage}", "HopperStand", stage, 7, total=30_000_000)
     runs.load.cache_clear()
     figure_6.draw(options(tmp_path))
-    assert "30M steps, the paper has 60M" in figures[1].get_suptitle()
+    assert "30M to 60M steps; the paper has 60M." in figures[1].get_suptitle().replace("\n", " ")
 
 
 def test_figure_6_without_the_decoders_run(tmp_path, figures):
@@ -865,41 +926,44 @@ def test_rows_are_added_to_the_table(tmp_path):
     )
 
 
-def test_every_result_has_its_origin():
+@pytest.mark.parametrize("folder", [RESULTS, RESULTS / "earlier"], ids=lambda path: path.name)
+def test_every_result_has_its_origin(folder):
     """Otherwise a figure of the README rests on a log that nobody can trace."""
-    logs = (RESULTS / "README.md").read_text().partition("## The logs\n")[2]
-    table = [line.split("|") for line in logs.splitlines() if line.startswith("|")]
+    lines = (folder / "README.md").read_text().splitlines()
+    start = lines.index("| " + " | ".join(pack.COLUMNS) + " |")
+    table = [line.split("|") for line in lines[start + 2 :] if line.startswith("|")]
     named = {re.sub(r"<[a-z]+>", "*", row[1].strip(" `/")) for row in table}
-    for run in runs.find((RESULTS,)):
-        path = run.relative_to(RESULTS)
-        assert (
-            sum(path.match(name) and len(Path(name).parts) == len(path.parts) for name in named)
-            == 1
-        ), path
-    for name in named - {"folder", "---"}:
-        assert list(RESULTS.glob(name)), name
-    for row in table[2:]:
+    for run in runs.find(folder):
+        path = run.relative_to(folder)
+        of = [name for name in named if path.match(name) and name.count("/") == len(path.parts) - 1]
+        assert len(of) == 1, path
+    for name in named:
+        assert list(folder.glob(name)), name
+    for row in table:
         assert all(cell.strip() for cell in row[1:-1]), row
 
 
 # --- everything at once
 
 
+DRAWN_WITHOUT_LOGS = ("figure_1", "figure_2")
+
+
 def test_all_draws_what_it_can(tmp_path, capsys, monkeypatch):
     """Otherwise one missing experiment costs every figure, or is not named."""
     monkeypatch.setenv("MUJOCO_GL", "none-such")
     (tmp_path / "empty").mkdir()
-    assert everything.draw(options(tmp_path / "empty"), skip=("figure_1",)) == []
+    assert everything.draw(options(tmp_path / "empty"), skip=DRAWN_WITHOUT_LOGS) == []
     out = capsys.readouterr().out
-    for item in set(everything.ITEMS) - {"figure_1"}:
+    for item in set(everything.ITEMS) - set(DRAWN_WITHOUT_LOGS):
         assert f"not drawn: {item}: " in out
     assert "MUJOCO_GL=none-such tried" in out
     with monkeypatch.context() as patch:
         patch.setattr("plotting.figure_5.draw", lambda options: 1 / 0)
-        everything.draw(options(tmp_path / "empty"), skip=("figure_1",))
+        everything.draw(options(tmp_path / "empty"), skip=DRAWN_WITHOUT_LOGS)
     assert "not drawn: figure_5: ZeroDivisionError: division by zero" in capsys.readouterr().out
     write_run(tmp_path / "logs/a", "ppo_gaussian", "FishSwim", rising(100), seeds=(1, 2))
-    files = everything.draw(options(tmp_path / "logs"), skip=("figure_1",))
+    files = everything.draw(options(tmp_path / "logs"), skip=DRAWN_WITHOUT_LOGS)
     assert {file.name for file in files} == {f"figure_4.{e}" for e in ("png", "pdf")} | {
         f"table_1.{e}" for e in ("txt", "md", "tex")
     }
@@ -910,18 +974,18 @@ def test_all_draws_what_it_can(tmp_path, capsys, monkeypatch):
     )
     assert "not drawn: figure_7: no saved policy" in out
     with pytest.raises(SystemExit):
-        everything.draw(options(tmp_path / "logs"), skip=("figure_2",))
+        everything.draw(options(tmp_path / "logs"), skip=("figure_9",))
 
 
 def test_logs_from_before_an_argument():
     """Otherwise an old run counts as one of today's defaults, and is merged with new seeds."""
-    old = json.loads((RESULTS / "cpu_preset_rewritten/gorl_fm_ppo/args.json").read_text())
+    old = json.loads((RESULTS / "earlier/cpu_preset_rewritten/gorl_fm_ppo/args.json").read_text())
     assert "advantage_temperature" not in old
     settings = runs.settings_of(old)
     assert settings["advantage_temperature"] == 0
     assert settings["decoder_lr_ratio"] == 1
     assert "decoder_data" not in settings  # as today
-    baseline = json.loads((RESULTS / "cpu_preset_rewritten/fpo/args.json").read_text())
+    baseline = json.loads((RESULTS / "earlier/cpu_preset_rewritten/fpo/args.json").read_text())
     assert not set(runs.BEFORE) & set(runs.settings_of(baseline))
 
 
