@@ -132,6 +132,8 @@ def finish(figure: Figure, axes: list[Axes], text: str, columns: int = 5) -> Non
     for panel in axes:
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(name, handle)
+    longest = max(map(len, entries), default=0)
+    columns = min(columns, max(1, int(figure.get_figwidth() / (0.6 + 0.07 * longest))))
     look = {"loc": "outside lower center", "ncols": columns, "handlelength": 2.6}
     if entries:
         figure.legend(entries.values(), entries.keys(), **look)

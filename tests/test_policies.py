@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import GORL, SCRIPTS
+from PIL import Image
 from scipy import stats
 from toy import PointMass
 
@@ -269,7 +270,13 @@ def test_video_by_the_command_line(cartpole, tmp_path):
     assert len(pictures) == 10  # 20 control steps of 0.01 s
     assert all(picture.std() > 10 for picture in pictures)
     assert np.abs(pictures[0] - pictures[-1]).max() > 10
-    assert [path.name for path in film.parent.iterdir()] == ["a.mp4"]
+    small = film.with_suffix(".gif")
+    size = ("--seconds", 0.1, "--height", 48, "--width", 64)
+    done = module("video", cartpole, *size, "--out", small)
+    assert done.returncode == 0 and "Parsed_palette" not in done.stderr
+    with Image.open(small) as moving:
+        assert (moving.size, moving.n_frames, moving.info["duration"]) == ((64, 48), 2, 50)
+    assert {path.name for path in film.parent.iterdir()} == {"a.gif", "a.mp4"}
 
 
 def test_no_opengl_is_a_clear_message(cartpole):
