@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -288,3 +289,32 @@ def test_the_real_physics_goes_on(finished, tmp_path):
     assert str(damaged) in done.stderr
     assert len(done.stderr.splitlines()) == 1  # a warm start, too, has a clean screen
     same_run(run_dir, finished[0])
+
+
+def test_the_readmes_edits(tmp_path):
+    """Otherwise the first thing that a forker tries does not apply, or does not run."""
+    text = Path(gorl.__file__).read_text()
+    readme = (Path(gorl.__file__).parent / "README.md").read_text()
+    diffs = re.findall(r"```diff\n(.*?)```", readme, re.DOTALL)
+    assert len(diffs) == 5
+    for diff in diffs:
+        lines = diff.splitlines()
+        before = "\n".join(line[1:] for line in lines if line[0] in " -")
+        after = "\n".join(line[1:] for line in lines if line[0] in " +")
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    (tmp_path / "my_gorl.py").write_text(text)
+    (tmp_path / "my_task.py").write_text("from toy import PointMass as MyTask\n")
+    tests = Path(__file__).parent
+    done = run(
+        [sys.executable, tmp_path / "my_gorl.py", "--env-id", "MyTask", "--action-cost", "0.2"]
+        + ["--num-envs", 4, "--batch-size", 4, "--num-minibatches", 2, "--unroll-length", 5]
+        + ["--stage-timesteps", 80, 40, "--decoder-epochs", 1, "--decoder-batch-size", 16]
+        + ["--decoder-steps", 2, "--eval-envs", 4, "--episode-length", 20]
+        + ["--runs-dir", tmp_path / "runs"],
+        PYTHONPATH=f"{tests}{os.pathsep}{tests / 'fake_playground'}",
+    )
+    assert done.returncode == 0
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name.startswith("MyTask__my_gorl__1__")
+    assert len(table(run_dir, "train")) == 3
