@@ -10,7 +10,6 @@ than it seems.
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +30,9 @@ def scores(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Scores (K, T) by label over the T tasks that all have; the K seeds may differ by method.
 
-    A method's seeds are those that all its tasks have. Runs of one seed are left out. CannotDraw if
-    no task is common to two methods, or a method's tasks have under two seeds in common.
+    A method's seeds are those that all its tasks have. CannotDraw if no task is common to two
+    methods, or a method's tasks have under two seeds in common.
     """
-    groups = [group for group in groups if len(group.curves) > 1]
     by_task = {(group.label, group.task): group for group in groups}
     labels = list(dict.fromkeys(group.label for group in groups))
     every = list(dict.fromkeys(group.task for group in groups))
@@ -56,22 +54,22 @@ def scores(
     return by_label, tasks
 
 
-def statistics(by_label: dict[str, np.ndarray], reps: int, seed: int = 0) -> tuple[dict, dict]:
-    """By method: IQM of the scores (K, T), and P(it is better than PPO), each (estimate, low,
-    high) at 95%.
+def statistics(
+    by_label: dict[str, np.ndarray], reps: int, baselines: dict[str, str | None] | None = None
+) -> tuple[dict, dict]:
+    """By label: IQM of scores (K, T), and P(better than PPO), each (estimate, low, high) at 95%.
 
-    The bootstrap draws seeds anew within each task.
+    The bootstrap draws seeds anew within each task. `baselines`: PPO's label for each, if not PPO.
     """
     from rliable import library, metrics  # takes seconds to import
 
-    np.random.seed(seed)  # noqa: NPY002  (the generator that rliable draws from)
+    np.random.seed(0)  # noqa: NPY002  (the generator that rliable draws from)
     iqm, iqm_range = library.get_interval_estimates(
         by_label, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps
     )
-    baseline, better, better_range = by_label.get(BASELINE), {}, {}
-    pairs = {
-        m: (x, baseline) for m, x in by_label.items() if baseline is not None and m != BASELINE
-    }
+    of = {label: (baselines or {}).get(label, BASELINE) for label in by_label}
+    pairs = {m: (x, by_label[of[m]]) for m, x in by_label.items() if of[m] in set(by_label) - {m}}
+    better, better_range = {}, {}
     if pairs:
         better, better_range = library.get_interval_estimates(
             pairs, metrics.probability_of_improvement, reps=reps
@@ -91,10 +89,14 @@ def draw(options: runs.Options, reps: int = 2000) -> list[Path]:
     """
     if reps < 100:
         runs.wrong("--reps", reps, "a number of bootstrap samples, at least 100")
-    groups = [g for g in runs.select(replace(options, unfinished=False)) if g.reached == g.total]
+    groups = runs.select(options, lambda group: group.finished and len(group.curves) > 1)
     last, tasks = scores(groups, runs.final_returns)
-    iqm, better = statistics(last, reps)
-    iqm_area, better_area = statistics(scores(groups, area)[0], reps)
+    baselines = {group.source: group.label for group in groups if group.name == BASELINE}
+    baselines = {group.label: baselines.get(group.source) for group in groups}
+    iqm, better = statistics(last, reps, baselines)
+    iqm_area, better_area = statistics(scores(groups, area)[0], reps, baselines)
+    if not better:
+        print(f"no runs of {BASELINE} to compare with")
     columns = {"IQM of the last return": iqm, f"P(last return above {BASELINE}'s)": better}
     columns |= {"IQM of the area": iqm_area, f"P(area above {BASELINE}'s)": better_area}
     drawn = [(title, columns[title]) for title in list(columns)[:2] + list(columns)[3:]]
@@ -112,13 +114,14 @@ def draw(options: runs.Options, reps: int = 2000) -> list[Path]:
             panel.plot(
                 [estimate], [at], marker="|", markersize=9, markeredgewidth=1.8, color=colour
             )
-        panel.set_yticks(range(len(names)), names)
+        panel.set_yticks(range(len(names)), map(style.plain, names))
         panel.set(title=title, xlabel="probability", ylabel="", ylim=(-0.6, len(names) - 0.4))
-        panel.set_xlim(-0.02, 1.02)
         panel.grid(axis="y", visible=False)
         if values is iqm:
-            panel.set(xlabel="return", xlim=(0, None))
+            panel.set_xlabel("return")
+            panel.set_xlim(left=min(0.0, panel.dataLim.x0))
         else:
+            panel.set_xlim(-0.02, 1.02)
             panel.axvline(0.5, color="#777777", linewidth=0.8, dashes=(2, 2))
     what = f"Estimates and 95% bootstrap intervals, stratified by task ({', '.join(tasks)}), of"
     text = style.note([g for g in groups if g.task in tasks], what, {len(x) for x in last.values()})

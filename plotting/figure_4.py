@@ -24,8 +24,10 @@ def draw(options: runs.Options) -> list[Path]:
         for i, group in enumerate(mine):
             steps, returns = runs.align(group)
             look = style.line(group)
-            style.band(panel, steps, *runs.mean_std(returns), label=group.label, **look)
-            if group.total == TOTAL_TIMESTEPS and (paper := reported(group.name, task)):
+            style.band(
+                panel, steps, *runs.mean_std(returns), label=style.plain(group.label), **look
+            )
+            if group.reached == TOTAL_TIMESTEPS and (paper := reported(group.name, task)):
                 at = TOTAL_TIMESTEPS / 1e6 * (1.03 + 0.03 * i)
                 marker = {
                     "fmt": "D",
@@ -34,12 +36,14 @@ def draw(options: runs.Options) -> list[Path]:
                     "label": "the paper's Table 1",
                 }
                 panel.errorbar(at, *paper, color=look["color"], **marker)
-        for step in sorted({step for group in mine for step in runs.refinements(group)}):
+        refined = {(step, g.reached) for g in mine for step in runs.refinements(g)}
+        for step in sorted({step for step, reached in refined if step <= reached}):
             line = panel.axvline(
                 step / 1e6, color="#777777", linewidth=0.8, dashes=(2, 2), zorder=0
             )
             line.set_label("decoder refined (GoRL)")
-        panel.set(title=task, xlim=(0, None), ylim=(0, None))
+        panel.set(title=task, xlim=(0, None))
+        style.from_zero(panel)
     style.finish(figure, axes, style.note(groups), columns=3)
     return style.save(figure, options.out, "figure_4")
 

@@ -41,7 +41,7 @@ def sweep(options: runs.Options, method: str, env_id: str) -> dict[float, runs.G
         have = f"only beta {', '.join(map(str, found))}" if found else "none"
         what = f"runs of {method}.py on {env_id} that differ in --kl-coef alone"
         raise runs.CannotDraw(f"a sweep needs two {what}; there: {have}")
-    runs.report(list(found.values()), runs.load(options.runs, options.unfinished))
+    runs.report(list(found.values()), runs.load(options.runs, options.unfinished), "no such sweep")
     return dict(sorted(found.items()))
 
 
@@ -66,9 +66,11 @@ def draw(
     )
     right.scatter(at, [e[0] for e in ends], color=colours, s=18, zorder=3)
     right.set_xticks(at, [f"{value:g}" for value in groups])
-    right.set(xlabel=r"$\beta$", ylabel="final return", ylim=(0, None))
-    left.set(title=f"{METHODS[method]}, {env_id}", xlim=(0, None), ylim=(0, None))
-    text = style.note(groups.values())
+    right.set(xlabel=r"$\beta$", ylabel="final return")
+    left.set(title=f"{METHODS[method]}, {env_id}", xlim=(0, None))
+    style.from_zero(left)
+    style.from_zero(right)
+    text = style.note(groups.values(), swept=("kl_coef",))
     if missing := [f"{value:g}" for value in BETAS if value not in groups]:
         text += f" Of the paper's sweep, {', '.join(missing)} have not been run."
     style.finish(figure, [left], text, columns=4)

@@ -42,7 +42,7 @@ def by_stage(options: runs.Options, method: str) -> dict[str, dict[int | str, ru
         order = sorted(stages, key=lambda stage: (isinstance(stage, str), stage))
         best[task] = {stage: stages[stage] for stage in order}
     drawn = [group for stages in best.values() for group in stages.values()]
-    runs.report(drawn, runs.load(options.runs, options.unfinished))
+    runs.report(drawn, runs.load(options.runs, options.unfinished), "on no such decoder")
     return best
 
 
@@ -57,12 +57,13 @@ def draw(
             steps, returns = runs.align(group)
             name = f"decoder of {stage}" if isinstance(stage, str) else f"decoder of stage {stage}"
             if stage == 0:
-                name += " (identity)"
-            colour = plt.get_cmap("viridis")(min(i if isinstance(stage, str) else stage, 3) / 3.3)
+                name += " (untrained)"
+            colour = plt.get_cmap("viridis")(0.9 * i / max(1, len(stages) - 1))
             style.band(panel, steps, *runs.mean_std(returns), label=name, color=colour)
-        panel.set(title=f"{METHODS[method]}, {task}", xlim=(0, None), ylim=(0, None))
+        panel.set(title=f"{METHODS[method]}, {task}", xlim=(0, None))
+        style.from_zero(panel)
     every = [group for stages in tasks.values() for group in stages.values()]
-    text = style.note(every, paper=60_000_000)
+    text = style.note(every, paper=60_000_000, swept=("decoder_from", "stage_timesteps"))
     if missing := [task for task in STAGE_TASKS if task not in tasks]:
         text += f" Of the paper's tasks, {' and '.join(missing)} not run."
     style.finish(figure, axes, text, columns=4 if len(tasks) > 1 else 2)

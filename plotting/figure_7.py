@@ -117,10 +117,9 @@ def draw(
         runs.wrong(
             "--samples, --num-states", f"{samples}, {num_states}", "at least 100 samples, 1 state"
         )
-    groups = runs.select(options)
-    tasks = [group.task for group in groups]
-    env_id = env_id or (ACTIONS_TASK if ACTIONS_TASK in tasks else tasks[0])
-    mine = {group.label: group for group in groups if group.task == env_id}
+    tasks = [group.task for group in runs.load(options.runs, options.unfinished)]
+    env_id = env_id or (ACTIONS_TASK if ACTIONS_TASK in tasks else next(iter(tasks), ACTIONS_TASK))
+    mine = {g.label: g for g in runs.select(options, lambda group: group.task == env_id)}
     todo = [
         (label, seed, column, step, curve.run)
         for label, group in mine.items()
@@ -166,7 +165,9 @@ def draw(
         colour = style.line(mine[label])["color"]
         for column, panel in zip(columns, row, strict=True):
             keys = [key for key in drawn if key[0] == label and key[2] == column]
-            panel.set_visible(bool(keys))
+            if not keys:
+                panel.spines[:].set_visible(False)
+                panel.set_xticks([])
             for key in keys:
                 density = kernel_density(drawn[key][0] @ axis, x)
                 dips[key] = dip(density)
@@ -179,11 +180,12 @@ def draw(
                 panel.annotate(text, (0.98, 0.95), **where)
             panel.set(yticks=[], xlim=(x[0], x[-1]), ylim=(0, None))
             panel.grid(visible=False)
-            if label == labels[0]:
-                panel.set_title(f"{THIRDS[column] * mine[label].total / 1e6:.3g}M steps")
-        row[0].set_ylabel(label, fontsize=7.5 if len(label) < 14 else 5)
-    for panel in panels[-1]:
-        panel.set_xlabel("u along the first principal component")
+        row[0].set_ylabel(style.plain(label), fontsize=7.5 if len(label) < 14 else 5)
+    totals = {mine[label].total for label in labels}
+    for column, top, bottom in zip(columns, panels[0], panels[-1], strict=True):
+        steps = f": {THIRDS[column] * min(totals) / 1e6:.3g}M steps" * (len(totals) == 1)
+        top.set_title(("a third", "two thirds", "the end")[column] + steps)
+        bottom.set_xlabel("u along the first principal component")
     counts = {len({seed for name, seed, _ in drawn if name == label}) for label in labels}
     kind = f"{env_id}: densities of {samples:,} u at one state, a line a seed, of"
     text = style.note([mine[label] for label in labels], kind, counts)

@@ -46,9 +46,8 @@ def rows(groups: list[runs.Group], root: Path) -> list[tuple[str, ...]]:
     last, area = above(groups, runs.final_returns), above(groups, aggregate.area)
     table = []
     for group in groups:
-        told = {k: v for k, v in group.settings.items() if k in runs.CONDITIONS}
-        told.pop("total_timesteps", None)
-        task = ", ".join([group.task, *(f"{k} {runs.shown(v)}" for k, v in told.items())])
+        told = {k: v for k, v in group.different.items() if k in runs.CONDITIONS}
+        task = ", ".join([group.task, *(f"{k} {v}" for k, v in told.items())])
         paper = reported(group.name, group.task)
         returns = runs.final_returns(group)
         folders = sorted({curve.run for curve in group.curves.values()})
@@ -70,6 +69,7 @@ def as_markdown(logs: Logs, root: Path) -> str:
             table += rows([group for group in chosen if group.task == task], root)
         for group in chosen:
             full = len(group.curves) >= SEEDS and group.reached >= TOTAL_TIMESTEPS
+            full = full and not group.settings
             found[group.task, group.name] = found.get((group.task, group.name), False) or full
     lines = ["| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *table)]
     cells = [found.get((task, name)) for task in TASKS for name in METHODS.values()]

@@ -102,21 +102,38 @@ class Group:
     curves: dict[int, Curve] = field(default_factory=dict)  # by seed
     source: str = ""  # the folder of --runs that they were found in
     label: str = ""  # what `select` calls it beside others
-    spare: int = 0  # its place among the labels that are not the paper's names
+    place: int = 0  # its label's among those of its name, or of all names that are not the paper's
 
     def __str__(self) -> str:
-        told = {"exp_name", "total_timesteps"}  # by the label and the steps
-        different = "".join(f", {k}={shown(v)}" for k, v in self.settings.items() if k not in told)
+        different = "".join(f", {name}={value}" for name, value in self.different.items())
         folders = ", ".join(sorted({str(curve.run) for curve in self.curves.values()}))
-        seeds = f"seeds {', '.join(map(str, sorted(self.curves)))}, {self.total / 1e6:g}M steps"
+        seeds = f"seeds {', '.join(map(str, sorted(self.curves)))}, {self.reached / 1e6:.3g}M steps"
+        seeds += f" of {self.total / 1e6:g}M" * (not self.finished)
         commits = sorted({curve.commit for curve in self.curves.values()})
         folders += f"; commits {', '.join(commits)}" * (len(commits) > 1)
         return f"{self.label or self.name}, {self.task}{different}: {seeds} ({folders})"
 
     @property
     def name(self) -> str:
-        """The paper's name of its method, or its `--exp-name` if it has one of its own."""
-        return str(self.settings.get("exp_name", METHODS.get(self.method, self.method)))
+        """The paper's name of its method or its script's, and its `--exp-name` if it has one."""
+        name = METHODS.get(self.method, self.method)
+        own = str(self.settings.get("exp_name", "")).removeprefix(f"{self.method}_")
+        return f"{name}, {own}" if own else name
+
+    @property
+    def known(self) -> bool:
+        """Whether its script is here, whose defaults tell which of its arguments are settings."""
+        return bool(preset_args(self.method, self.preset))
+
+    @property
+    def different(self) -> dict[str, str]:
+        """Its settings but for those that its label and its steps tell."""
+        told = {"exp_name", "total_timesteps"} if self.known else set(self.settings)
+        return {name: shown(value) for name, value in self.settings.items() if name not in told}
+
+    @property
+    def finished(self) -> bool:
+        return self.reached == self.total
 
     @property
     def named(self) -> bool:
@@ -137,7 +154,7 @@ def shown(value: Any) -> str:
 
 def script_of(stem: str) -> ModuleType | None:
     """The training script of that name beside `plotting/`, imported; None if there is none."""
-    if not stem.isidentifier() or not (ROOT / f"{stem}.py").is_file():
+    if stem != Path(stem).name or not (ROOT / f"{stem}.py").is_file():
         return None
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
@@ -152,8 +169,11 @@ def preset_args(stem: str, preset: str) -> dict[str, Any]:
     try:
         if (script := script_of(stem)) is None:
             return {}
-        args = script.Args(preset=preset)
-        return asdict(replace(args, **script.CPU_PRESET) if preset == "cpu" else args)
+        args = script.Args()
+        changes = getattr(script, "CPU_PRESET", {}) if preset == "cpu" else {}
+        return asdict(replace(args, **changes)) | (
+            {"preset": preset} if hasattr(args, "preset") else {}
+        )
     except Exception as error:  # a fork's script may do anything
         print(f"{stem}.py: its arguments could not be read ({type(error).__name__}: {error})")
         return {}
@@ -182,7 +202,8 @@ def refinements(group: Group) -> list[int]:
 
 
 def settings_of(args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of an args.json that differ from its preset's and matter to training.
+    """Arguments of an args.json that differ from its preset's and matter to training; all that
+    matter, of a script that is not here.
 
     Of `--decoder-from` only the decoder's stage: each seed may have a decoder of its own.
     """
@@ -195,7 +216,9 @@ def settings_of(args: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, list) and len(value) == 1 and not isinstance(usual, list | tuple):
             value = value[0]  # the first version wrote a single number for all stages as a list
         incidental = name in INCIDENTAL or name.startswith("checkpoint")
-        if default and not incidental and items(value) != items(usual):
+        if name == "exp_name":
+            incidental, usual = value == stem, None
+        if not incidental and (not default or items(value) != items(usual)):
             different[name] = value
     if "decoder_from" in different:
         different["decoder_from"] = decoder_of(str(different["decoder_from"]))
@@ -240,6 +263,8 @@ def read_args(run: Path) -> dict[str, Any]:
         text = "args.json is damaged or of an old version: env_id, preset or versions/script"
         raise ValueError(text)
     numbers = [*(args[name] for name in sizes), args.get("num_seeds", 1)]
+    stages = args.get("stage_timesteps") or []
+    numbers += stages if isinstance(stages, list) else [None]
     if not all(type(n) is int and n > 0 for n in numbers) or type(args["seed"]) is not int:
         raise ValueError("args.json is damaged: its sizes and seeds are not numbers above 0")
     return args
@@ -248,7 +273,8 @@ def read_args(run: Path) -> dict[str, Any]:
 def read_table(file: Path) -> dict[str, np.ndarray]:
     """A CSV file of a run, a column (rows,) a name; ValueError if it has a bad or missing row."""
     try:
-        header, *rows = file.read_text().splitlines() or [""]
+        text = file.read_text()
+        header, *rows = text[: text.rfind("\n") + 1].splitlines() or [""]  # whole lines
         table = np.loadtxt(rows, delimiter=",", ndmin=2) if rows else np.empty((0, 0))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -341,8 +367,10 @@ def load(paths: tuple[Path, ...], unfinished: bool = False) -> tuple[Group, ...]
         method, preset = Path(args["versions"]["script"]).stem, args.get("preset", "none")
         task, total = args["env_id"], args["total_timesteps"]
         key = (method, task, preset, total, json.dumps(settings, sort_keys=True), source)
-        group = Group(method, task, preset, settings, total, last_step(args), source=source)
-        group = groups.setdefault(key, group)
+        group = Group(method, task, preset, settings, total, last_step(args), curves, source)
+        if not source and (not group.finished or set(curves) & set(groups.get(key, group).curves)):
+            key += (str(next(iter(curves.values())).run),)  # named: as it is, not merged
+        group = groups.setdefault(key, replace(group, curves={}))
         for seed, curve in curves.items():
             first = group.curves.setdefault(seed, curve)
             if first is not curve:
@@ -351,7 +379,7 @@ def load(paths: tuple[Path, ...], unfinished: bool = False) -> tuple[Group, ...]
                 skipped.append(f"seed {seed} of {curve.run} ({why} {first.run})")
     if skipped:
         print(f"skipped: {'; '.join(skipped)}")
-    return tuple(groups[key] for key in sorted(groups))
+    return tuple(groups[key] for key in sorted(groups, key=str))
 
 
 def items(value: Any) -> list[Any]:
@@ -389,31 +417,37 @@ def value_of(group: Group, name: str) -> Any:
     return group.settings.get(name, usual_args(group.method, group.preset, group.total).get(name))
 
 
+def fits(group: Group, where: dict[str, str]) -> bool:
+    """Whether a group's arguments are those of `--where`, as far as its script has them."""
+    script = preset_args(group.method, group.preset)
+    for name, value in where.items():
+        has = name in script or name in group.settings or name in GONE
+        if has and items(value_of(group, name)) != items(value):
+            return False
+    return True
+
+
 def pool(options: Options, drawable: Callable[[Group], bool] = lambda group: True) -> list[Group]:
-    """Of the groups that a figure can draw, the named ones, and in folders those of `--where` (as
-    far as their scripts have the argument) and of the asked preset, or the paper's if there are
-    any.
+    """Of the groups that a figure can draw, the named ones, and in folders those of `--where` and
+    of the asked preset: by default the paper's, where a folder has runs of it for the task.
     """
     every = load(options.runs, options.unfinished)
     where, groups = asked(options, every), [group for group in every if drawable(group)]
-    named = [group for group in groups if group.named]
-    others = []
-    for group in groups:
-        values = {name: value_of(group, name) for name in where}
-        fits = all(v is None or items(v) == items(where[name]) for name, v in values.items())
-        known = usual_args(group.method, group.preset, group.total)
-        if fits and known and not group.named:
-            others.append(group)
-    preset = options.preset
-    if preset == "auto":
-        preset = "paper" if any(group.preset == "paper" for group in others) else "cpu"
-    return named + [group for group in others if group.preset == preset]
+    found = [group for group in groups if group.named or fits(group, where)]
+    papers = {(group.source, group.task) for group in found if group.preset == "paper"}
+
+    def of_preset(group: Group) -> bool:
+        if options.preset == "auto":
+            return group.preset == "paper" or (group.source, group.task) not in papers
+        return group.preset == options.preset
+
+    return [group for group in found if group.named or of_preset(group)]
 
 
-def without(group: Group, *names: str) -> str:
-    """A group's source, length and settings but for these: what the others have to share."""
-    rest = {name: value for name, value in group.settings.items() if name not in names}
-    return json.dumps([group.source, group.total, rest], sort_keys=True)
+def without(group: Group, name: str) -> str:
+    """A group's source, preset, length and settings but for this one and the `--exp-name`."""
+    rest = {key: value for key, value in group.settings.items() if key not in (name, "exp_name")}
+    return json.dumps([group.source, group.preset, group.total, rest], sort_keys=True)
 
 
 def plainness(group: Group) -> tuple:
@@ -439,7 +473,7 @@ def comparable(groups: list[Group]) -> list[Group]:
     return list(max(under.values(), key=order).values())
 
 
-def select(options: Options) -> list[Group]:
+def select(options: Options, drawable: Callable[[Group], bool] = lambda group: True) -> list[Group]:
     """The groups to draw, labelled, in the paper's order; says in a line how many are left out.
 
     Run directories that `--runs` names are drawn as they are. Of the runs in a folder, those that
@@ -448,59 +482,74 @@ def select(options: Options) -> list[Group]:
     """
     every = load(options.runs, options.unfinished)
     frozen = "decoder_from" in asked(options, every)
-    candidates = pool(options, lambda g: g.named or ("decoder_from" in g.settings) == frozen)
-    chosen = [group for group in candidates if group.named]
-    by_task: dict[tuple[str, str], list[Group]] = {}
-    for group in candidates:
-        if not group.named:
+
+    def usual(group: Group) -> bool:
+        return drawable(group) and (group.named or ("decoder_from" in group.settings) == frozen)
+
+    chosen, by_task = [], {}
+    for group in pool(options, usual):
+        if group.named:
+            chosen.append(group)
+        else:
             by_task.setdefault((group.source, group.task), []).append(group)
     for groups in by_task.values():
         chosen += comparable(groups)
     if not chosen:
-        call = " ".join([f"--preset {options.preset}"] * (options.preset != "auto"))
-        call = " ".join([call, *options.where]).strip() or "a script of this folder"
-        there = ", ".join(sorted({f"preset {group.preset}" for group in every}))
-        raise CannotDraw(f"no finished run of {call} (there: {there or 'no run at all'})")
+        there = ", ".join(sorted({f"{group.name} on {group.task}" for group in every}))
+        asks = " ".join([f"--preset {options.preset}", *options.where]).removeprefix(
+            "--preset auto"
+        )
+        raise CannotDraw(
+            f"no run that can be drawn{asks and f' ({asks.strip()})'}; there: {there or 'none'}"
+        )
     order = {name: i for i, name in enumerate((*METHODS, *TASKS))}
-    chosen.sort(key=lambda g: (order.get(g.method, 99), "exp_name" in g.settings, g.source))
+    chosen.sort(key=lambda g: (order.get(g.method, 99), g.method, "exp_name" in g.settings))
     chosen.sort(key=lambda g: (order.get(g.task, 99), g.task))
     chosen = labelled(chosen)
-    report(chosen, every)
+    report(
+        chosen, every, "--where or --preset asks for others, --runs RUN_DIR draws a run as it is"
+    )
     return chosen
 
 
 def labelled(groups: list[Group]) -> list[Group]:
-    """The groups with labels that tell those of one task apart: by name, then folder, then settings
-    that differ.
+    """The groups with labels that tell those of a task apart: by name, then folder, then settings
+    that differ, then run.
     """
     done = []
     for group in groups:
-        alike = [g for g in groups if (g.name, g.task) == (group.name, group.task)]
+        alike = [g for g in groups if g.name == group.name]
         label = group.name
         if len({g.source for g in alike}) > 1:
             label += f", {group.source or 'named'}"
         alike = [g for g in alike if g.source == group.source]
-        if len(alike) > 1:
+        if len(alike) > len({g.task for g in alike}):
             known = sorted({name for g in alike for name in g.settings})
             differs = [n for n in known if len({shown(value_of(g, n)) for g in alike}) > 1]
             label += "".join(f", {name}={shown(value_of(group, name))}" for name in differs)
             if len({g.preset for g in alike}) > 1:
                 label += f", preset {group.preset}"
-            if len({g.total for g in alike}) > 1 and "total_timesteps" not in differs:
-                label += f", {group.total / 1e6:g}M steps"
         done.append(replace(group, label=label))
-    others = [x for x in dict.fromkeys(g.label for g in done) if x not in METHODS.values()]
-    places = {label: place for place, label in enumerate(others)}
-    return [replace(group, spare=places.get(group.label, 0)) for group in done]
+    labels = [(group.task, group.label) for group in done]
+    for i, group in enumerate(done):
+        if labels.count((group.task, group.label)) > 1:
+            run = next(iter(group.curves.values())).run
+            done[i] = replace(group, label=f"{group.label}, {run.name}")
+    kinds: dict[str, list[str]] = {}
+    for group in done:
+        kind = kinds.setdefault(group.name if group.name in METHODS.values() else "", [])
+        if group.label not in kind:
+            kind.append(group.label)
+    places = {label: place for kind in kinds.values() for place, label in enumerate(kind)}
+    return [replace(group, place=places[group.label]) for group in done]
 
 
-def report(drawn: list[Group], every: tuple[Group, ...]) -> None:
+def report(drawn: list[Group], every: tuple[Group, ...], hint: str) -> None:
     """Prints a line for each group that is drawn, and one for all others."""
     for group in drawn:
         print(f"drawn: {group}")
     if rest := len(every) - len(drawn):
-        ask = "--where or --preset asks for others, --runs RUN_DIR draws a run as it is"
-        print(f"left out: {rest} other setting{'s' * (rest > 1)} ({ask})")
+        print(f"left out: {rest} other setting{'s' * (rest > 1)} ({hint})")
 
 
 def align(group: Group) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,7 @@ COLOURS = {
 }
 DASHES = {"ppo_gaussian": (4, 1.5), "fpo": (1.2, 1.2), "dppo": (4, 1.2, 1.2, 1.2)}
 SPARE = ("#CC79A7", "#56B4E9", "#000000", "#B8A800", "#8C564B", "#6A3D9A")  # for other names
+OTHERS = ((6, 1), (2, 1), (1, 1), (8, 2, 2, 2))  # dashes: of those, and of a second run of a name
 WIDTH = 6.75  # inches, the width of a page's text
 
 plt.rcParams.update(
@@ -59,13 +60,25 @@ def method_line(method: str) -> dict:
 
 
 def line(group: runs.Group) -> dict:
-    """Colour and dashes of a group, for `plot`: its method's, but for runs of another name."""
-    if group.name != METHODS.get(group.method):
-        return {"color": SPARE[group.spare % len(SPARE)], "dashes": (6, 1)}
-    look = method_line(group.method)
-    if group.label not in ("", group.name):  # beside others of that name
-        look["dashes"] = (1 + group.spare % 3, 1)
+    """Colour and dashes of a group, for `plot`: its method's, and others where it is not alone."""
+    if group.name == METHODS.get(group.method):
+        look, others = method_line(group.method), group.place - 1
+    else:
+        look = {"color": SPARE[group.place % len(SPARE)]}
+        others = group.place // len(SPARE)
+    if others >= 0:
+        look["dashes"] = OTHERS[others % len(OTHERS)]
     return look
+
+
+def plain(label: str) -> str:
+    """A label as matplotlib shows it: a dollar begins no formula, an underscore hides nothing."""
+    return label.replace("$", r"\$").lstrip("_")
+
+
+def from_zero(axes: Axes) -> None:
+    """Lets the returns' axis begin at 0, or below if returns do."""
+    axes.set_ylim(bottom=min(0.0, axes.dataLim.y0))
 
 
 def band(axes: Axes, steps: np.ndarray, mean: np.ndarray, std: np.ndarray, **look) -> None:
@@ -98,32 +111,46 @@ def grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     return plt.subplots(rows, columns, figsize=(WIDTH, 0.75 + 0.95 * rows), squeeze=False)
 
 
+def unusual(groups: Iterable[runs.Group], swept: tuple[str, ...] = ()) -> list[str]:
+    """Sentences on the settings that are not the preset's and that no label tells, nor `swept`."""
+    found = []
+    for group in groups:
+        words = {name: f"{name}={value}" for name, value in group.different.items()}
+        words = {k: word for k, word in words.items() if word not in group.label and k not in swept}
+        shared = [word for name, word in words.items() if name in runs.CONDITIONS]
+        own = [word for name, word in words.items() if name not in runs.CONDITIONS]
+        if shared:
+            found.append(f"{group.task} with {', '.join(shared)}.")
+        if own and "exp_name" not in group.settings:
+            found.append(f"{group.label or group.name} with {', '.join(own)}.")
+    return list(dict.fromkeys(found))
+
+
 def note(
     groups: Iterable[runs.Group],
     what: str = "Mean and standard deviation over",
     counts: set[int] | None = None,
     paper: int = TOTAL_TIMESTEPS,
+    swept: tuple[str, ...] = (),
 ) -> str:
     """The caption: what is drawn, of how many seeds and steps, and where the paper has more.
 
-    `counts`: numbers of seeds, if they are not the groups' own.
+    `counts`: numbers of seeds, if they are not the groups' own. `swept`: settings that the figure
+    tells.
     """
     groups = list(groups)
     counts = counts or {len(group.curves) for group in groups}
     few, many = min(counts), max(counts)
     text = f"{what} {few if few == many else f'{few} to {many}'} seed{'s' * (many > 1)}"
     text += f", fewer than the paper's {SEEDS}." if few < SEEDS else "."
-    reached = sorted({group.reached for group in groups})
-    if reached[0] < paper:
-        short = " to ".join(
-            f"{steps / 1e6:.3g}M" for steps in dict.fromkeys(reached[:: len(reached) - 1 or 1])
-        )
-        text += f" {short} steps; the paper has {paper / 1e6:g}M."
+    short, long = (f"{f(g.reached for g in groups) / 1e6:.3g}M" for f in (min, max))
+    if min(group.reached for group in groups) < paper:
+        text += f" {short}{f' to {long}' * (short != long)} steps; the paper has {paper / 1e6:g}M."
     if any(group.preset == "cpu" for group in groups):
         text += " Sizes of --preset cpu."
-    if any(group.reached != group.total for group in groups):
+    if not all(group.finished for group in groups):
         text += " Not all runs are finished."
-    return text
+    return " ".join([text, *unusual(groups, swept)])
 
 
 def finish(figure: Figure, axes: list[Axes], text: str, columns: int = 5) -> None:

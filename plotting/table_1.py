@@ -3,13 +3,13 @@
 python -m plotting.table_1 --runs runs --out figures
 """
 
+import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from plotting import runs
+from plotting import runs, style
 from plotting.paper import METHODS, SEEDS, TASKS, TOTAL_TIMESTEPS, reported
 
 HEADER = ["task", "method", "ours", "the paper", "ours - paper", "our seeds x steps"]
@@ -24,6 +24,11 @@ def best(means: dict[str, float]) -> set[str]:
     """The paper's rule for bold: the highest mean of a task, if there is another one."""
     top = max(means.values(), default=0.0)
     return {name for name, mean in means.items() if mean == top} if len(means) > 1 else set()
+
+
+def tex(text: str) -> str:
+    """Text with what LaTeX would take for commands escaped."""
+    return re.sub(r"([&%$#_{}])", r"\\\1", text)
 
 
 def rows(groups: list[runs.Group], kind: str) -> list[list[str]]:
@@ -56,7 +61,7 @@ def rows(groups: list[runs.Group], kind: str) -> list[list[str]]:
             group, ours = mine.get(name), found.get(name)
             of = group.name if group else name
             paper = papers.get(of)
-            row = [task, name.replace("_", "\\_") if kind == "tex" else name]
+            row = [task, tex(name) if kind == "tex" else name]
             row += [pair(ours, 1, name in highest), pair(paper, 2, of in highest_paper)]
             row += [f"{ours[0] - paper[0]:+.1f}" if ours and paper else "-"]
             row += ["not run"]
@@ -76,6 +81,7 @@ def notes(groups: list[runs.Group]) -> list[str]:
             f"The paper has {TOTAL_TIMESTEPS / 1e6:g}M steps: where the last column shows fewer, "
             "the difference says nothing about whether the paper reproduces."
         )
+    lines += style.unusual(groups)
     if missing := [task for task in TASKS if task not in {group.task for group in groups}]:
         lines.append(f"Not run: {', '.join(missing)}.")
     return lines
@@ -100,7 +106,7 @@ def as_text(groups: list[runs.Group], kind: str) -> str:
     for i in range(len(table) - 1):
         if table[i][0] != table[i + 1][0]:
             body[i + 1] += r" \addlinespace"
-    text = " ".join(notes(groups)).replace("±", r"$\pm$")
+    text = tex(" ".join(notes(groups))).replace("±", r"$\pm$")
     body.append(rf"\bottomrule \multicolumn{{6}}{{p{{0.9\linewidth}}}}{{\footnotesize {text}}} \\")
     frame = ["% needs booktabs", r"\begin{tabular}{llrrrr}", r"\toprule", body[0], r"\midrule"]
     return "\n".join([*frame, *body[1:], r"\end{tabular}"]) + "\n"
@@ -110,9 +116,7 @@ def draw(options: runs.Options) -> list[Path]:
     """Writes Table 1 as text, Markdown and LaTeX (booktabs), and prints the text; of finished runs
     only.
     """
-    groups = [g for g in runs.select(replace(options, unfinished=False)) if g.reached == g.total]
-    if not groups:
-        raise runs.CannotDraw("Table 1 takes finished runs only")
+    groups = runs.select(options, lambda group: group.finished)
     options.out.mkdir(parents=True, exist_ok=True)
     files = [options.out / f"table_1.{kind}" for kind in FORMATS]
     for file in files:

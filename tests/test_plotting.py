@@ -52,10 +52,8 @@ def figures(monkeypatch):
     monkeypatch.setattr(
         style, "save", lambda figure, out, name: kept.append(figure) or [out / f"{name}.png"]
     )
-    runs.load.cache_clear()
     yield kept
     plt.close("all")
-    runs.load.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +215,7 @@ def test_experiments_and_links(tmp_path):
     (tmp_path / "disk/loop").symlink_to(tmp_path / "disk")
     chosen = runs.select(options(tmp_path / "runs"))
     got = [(group.label, *runs.final_returns(group)) for group in chosen]
-    assert got == [("PPO", pytest.approx(100)), ("no_entropy", pytest.approx(300))]
+    assert got == [("PPO", pytest.approx(100)), ("PPO, no_entropy", pytest.approx(300))]
     assert style.line(chosen[1])["color"] == style.SPARE[0]
     (chosen,) = runs.select(options(tmp_path / "runs", where=("exp_name=no_entropy",)))
     assert runs.final_returns(chosen) == pytest.approx([300])
@@ -233,7 +231,7 @@ def test_unfinished_runs_on_request(tmp_path):
         runs.select(options(tmp_path))
     (group,) = runs.select(options(tmp_path, unfinished=True))
     steps, returns = runs.align(group)
-    assert len(steps) == 9 and returns.shape == (2, 9)
+    assert len(steps) == 8 and returns.shape == (2, 8)  # a row without its end does not count
 
 
 def test_finished_runs_count_before_unfinished_ones(tmp_path):
@@ -323,8 +321,12 @@ def test_unknown_scripts_do_not_stop_anything(tmp_path, capsys):
     write_run(tmp_path / "a", "ppo_gaussian", "FishSwim", rising(100))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     set_argument("versions", {"script": "../../evil.py"})(tmp_path / "b")
-    (chosen,) = runs.select(options(tmp_path))
-    assert chosen.method == "ppo_gaussian" and "left out: 1 other" in capsys.readouterr().out
+    set_argument("exp_name", "evil")(tmp_path / "b")
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    set_argument("learning_rate", 1.0)(tmp_path / "c")
+    names = [group.label for group in runs.select(options(tmp_path))]
+    assert names == ["PPO", "evil"]
+    assert "left out: 1 other" in capsys.readouterr().out  # of another learning rate
 
 
 def test_named_runs_are_drawn_as_they_are(tmp_path, capsys):
@@ -340,6 +342,13 @@ def test_named_runs_are_drawn_as_they_are(tmp_path, capsys):
     labels = {"GoRL(FM), gamma=0.995, kl_coef=0.1", "GoRL(FM), gamma=0.9, kl_coef=0.001"}
     assert {group.label for group in two} == labels
     assert "left out" not in capsys.readouterr().out
+    write_run(tmp_path / "d", "gorl_fm_ppo", "CheetahRun", rising(9), preset="cpu", gamma=0.9)
+    write_run(tmp_path / "e", "fpo", "CheetahRun", rising(9), exp_name="x")
+    named = runs.Options(runs=tuple(tmp_path / run for run in "cde"), out=tmp_path)
+    labels = [group.label for group in runs.select(named)]
+    assert labels == ["FPO, x", "GoRL(FM), c", "GoRL(FM), d"]  # one seed twice: both are drawn
+    rows = table_1.draw(named)[1].read_text()
+    assert all(f"| {label} " in rows for label in labels)
 
 
 def test_folders_are_side_by_side(tmp_path):
@@ -352,13 +361,14 @@ def test_folders_are_side_by_side(tmp_path):
     got = {group.label: sorted(group.curves) for group in runs.select(both)}
     mine, theirs = (f"PPO, {tmp_path / name}" for name in ("mine", "theirs"))
     assert got == {mine: [1, 2], theirs: [2, 3], "FPO": [1]}
+    assert len({str(style.line(group)) for group in runs.select(both)}) == 3
     (earlier,) = runs.select(runs.Options(runs=(tmp_path / "theirs/earlier",), out=tmp_path))
     assert sorted(earlier.curves) == [4]
 
 
 def test_methods_are_compared_under_equal_conditions(tmp_path):
     """Otherwise a discount or a length is taken for a method's merit."""
-    letter = {"gamma": 0.95, "advantage_temperature": 0.0, "exp_name": "letter"}
+    letter = {"gamma": 0.95, "advantage_temperature": 0.0, "exp_name": "gorl_fm_ppo_letter"}
     for name, method, changes in (
         ("long", "ppo_gaussian", {"gamma": 0.95}),
         ("long_fm", "gorl_fm_ppo", {"gamma": 0.95}),
@@ -370,7 +380,7 @@ def test_methods_are_compared_under_equal_conditions(tmp_path):
     ):
         write_run(tmp_path / name, method, "FishSwim", rising(1), **changes)
     chosen = {group.label: group.curves[1].run.name for group in runs.select(options(tmp_path))}
-    assert chosen == {"PPO": "long", "GoRL(FM)": "long_fm", "letter": "long_letter"}
+    assert chosen == {"PPO": "long", "GoRL(FM)": "long_fm", "GoRL(FM), letter": "long_letter"}
     for where, names in (("gamma=0.995", {"other"}), ("decoder_from=policy_1", {"frozen"})):
         chosen = runs.select(options(tmp_path, where=(where,)))
         assert {group.curves[1].run.name for group in chosen} == names
@@ -468,6 +478,11 @@ def test_unfinished_figures_say_so(tmp_path, figures):
     figure_4.draw(options(tmp_path, unfinished=True))
     text = figures[0].get_suptitle().replace("\n", " ")
     assert "5.9M to 180M steps; the paper has 180M. Not all runs are finished." in text
+    write_run(tmp_path / "c", "ppo_gaussian", "CheetahRun", lambda seed, x: x / 1e8 - 5)
+    named = tuple(tmp_path / run for run in "bc")
+    figure_4.draw(runs.Options(runs=named, out=tmp_path, unfinished=True))
+    low, high = figures[1].axes[0].get_ylim()
+    assert low <= -5 < 0 <= high  # returns below 0 are shown, and b to where it has come
     (text,) = (
         f.read_text()
         for f in table_1.draw(options(tmp_path, unfinished=True))
@@ -581,7 +596,6 @@ def test_aggregate_uses_what_is_common(capsys):
         ("PPO", "CheetahRun"): {1: 1.0, 2: 2.0, 3: 3.0},
         ("FPO", "CheetahRun"): {2: 20.0, 3: 30.0, 4: 40.0},
         ("FPO", "FishSwim"): {2: 5.0, 3: 6.0},
-        ("alone", "CheetahRun"): {2: 5.0},
     }
     by_name, tasks = final_scores(values)
     assert tasks == ["CheetahRun"] and "have run them: FishSwim" in capsys.readouterr().out
@@ -609,10 +623,13 @@ def test_aggregate_figure(tmp_path, figures):
     """Otherwise the picture or the text shows other numbers than the statistics."""
     for method, end in (("ppo_gaussian", 100), ("fpo", 50), ("gorl_fm_ppo", 200)):
         write_run(tmp_path / method, method, "CheetahRun", rising(end, 1), seeds=(1, 2, 3))
-    (tmp_path / "out").mkdir()
+    write_run(tmp_path / "alone", "dppo", "CheetahRun", rising(9))  # one seed
     *_, text = aggregate.draw(options(tmp_path), reps=100)
     left, *others = figures[0].axes
     assert [t.get_text() for t in left.get_yticklabels()] == ["GoRL(FM)", "FPO", "PPO"]
+    for panel in figures[0].axes:
+        ends = [line.get_xdata()[0] for line in panel.get_lines()]
+        assert panel.get_xlim()[0] <= min(ends) <= max(ends) <= panel.get_xlim()[1]
     for panel in others:
         assert [t.get_text() for t in panel.get_yticklabels()] == ["GoRL(FM)", "FPO"]
     line = text.read_text().splitlines()[-1]
@@ -701,7 +718,7 @@ def test_figure_6(tmp_path, figures):
     titles = [axes.get_title() for axes in figures[0].axes]
     assert titles == ["GoRL(FM), CheetahRun", "GoRL(FM), HopperStand"]
     names = [f"decoder of stage {stage}" for stage in range(4)]
-    names[0] += " (identity)"
+    names[0] += " (untrained)"
     for axes in figures[0].axes:
         ends = [(line.get_label(), line.get_ydata()[-1]) for line in axes.get_lines()]
         assert ends == list(zip(names, [50, 150, 250, 350], strict=True))

@@ -287,7 +287,8 @@ def test_no_row_is_gone():
     assert {header: len(tables(PAGES[1])[header]) for header in COUNTS} == COUNTS
     named = [run for row in tables(PAGES[2])[LOGS] for run in folders(row["folder"])]
     assert sorted(named) == sorted(f.parent for f in (RESULTS / "earlier").rglob("args.json"))
-    assert (rows := tables("README.md")[RETURNS])
+    rows = tables("README.md")[RETURNS]
+    assert rows
     for task in {row["task"] for row in rows}:
         mine = [row for row in rows if row["task"] == task]
         runs = {file.parent for file in five_seeds(mine[0]).parent.glob("*/args.json")}
