@@ -623,6 +623,7 @@ def test_aggregate_figure(tmp_path, figures):
     """Otherwise the picture or the text shows other numbers than the statistics."""
     for method, end in (("ppo_gaussian", 100), ("fpo", 50), ("gorl_fm_ppo", 200)):
         write_run(tmp_path / method, method, "CheetahRun", rising(end, 1), seeds=(1, 2, 3))
+    (tmp_path / "out").mkdir()
     write_run(tmp_path / "alone", "dppo", "CheetahRun", rising(9))  # one seed
     *_, text = aggregate.draw(options(tmp_path), reps=100)
     left, *others = figures[0].axes

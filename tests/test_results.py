@@ -208,10 +208,15 @@ NAMES = {"method", *LOGS[:4], LOGS[5], "log", "changed", "the decoder's data", *
 COUNTS = {DECODER: 8, SETTINGS: 5}
 
 
+def exp_name(row):
+    """The `--exp-name` of a row's runs: GoRL(FM), letter is gorl_fm_ppo_letter."""
+    name, *variant = row["method"].split(", ")
+    return "_".join([STEMS[name], *variant])
+
+
 def five_seeds(row):
     """The run of a row of README.md's table."""
-    task = re.sub("(?<=.)(?=[A-Z])", "_", row["task"]).lower()
-    return FIVE / task / STEMS.get(row["method"], row["method"])
+    return FIVE / re.sub("(?<=.)(?=[A-Z])", "_", row["task"]).lower() / exp_name(row)
 
 
 def of_returns(row):
@@ -229,8 +234,7 @@ def of_returns(row):
 def of_cell(row):
     stem, run = STEMS.get(row["method"]), row["log"].strip("`/")
     args = record(f"{run}/args.json")
-    assert args["env_id"] in row["task"]
-    assert args["exp_name"] == stem or args["exp_name"] == row["method"]
+    assert args["env_id"] in row["task"] and args["exp_name"] == exp_name(row)
     paper = TABLE_1[stem][TASKS.index(args["env_id"])] if stem else ()
     area = [np.trapezoid([*c.values()], [*c]) / max(c) for c in curves(run)]
     found = {"the paper": paper, "last return": spread(at(run)), "by seed": at(run)}
