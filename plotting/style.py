@@ -160,7 +160,7 @@ def finish(figure: Figure, axes: list[Axes], text: str, columns: int = 5) -> Non
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(name, handle)
     longest = max(map(len, entries), default=0)
-    columns = min(columns, max(1, int(figure.get_figwidth() / (0.6 + 0.07 * longest))))
+    columns = min(columns, max(1, int(figure.get_figwidth() / (0.55 + 0.055 * longest))))
     look = {"loc": "outside lower center", "ncols": columns, "handlelength": 2.6}
     if entries:
         figure.legend(entries.values(), entries.keys(), **look)
