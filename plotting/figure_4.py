@@ -6,6 +6,8 @@ python -m plotting.figure_4 --runs runs --out figures
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from plotting import runs, style
 from plotting.paper import TOTAL_TIMESTEPS, reported
 
@@ -27,6 +29,10 @@ def draw(options: runs.Options) -> list[Path]:
             style.band(
                 panel, steps, *runs.mean_std(returns), label=style.plain(group.label), **look
             )
+            for step, after in runs.after_refinements(group).items():
+                label = "right after a refinement"
+                ring = {"color": look["color"], "markerfacecolor": "white", "markersize": 3.5}
+                panel.plot(step / 1e6, np.mean(after), "o", label=label, zorder=3, **ring)
             if group.reached == TOTAL_TIMESTEPS and (paper := reported(group.name, task)):
                 at = TOTAL_TIMESTEPS / 1e6 * (1.03 + 0.03 * i)
                 marker = {

@@ -73,8 +73,8 @@ def as_markdown(logs: Logs, root: Path) -> str:
             found[group.task, group.name] = found.get((group.task, group.name), False) or full
     lines = ["| " + " | ".join(row) + " |" for row in (HEADER, ["---"] * len(HEADER), *table)]
     cells = [found.get((task, name)) for task in TASKS for name in METHODS.values()]
-    count = f"Of the paper's {len(cells)} cells, {cells.count(True)} are of its size, "
-    count += f"{cells.count(False)} smaller, {cells.count(None)} have not been run."
+    count = f"Of the paper's {len(cells)} cells, {cells.count(True)} are here at its size, "
+    count += f"{cells.count(False)} at a smaller one."
     return "\n".join([*lines, "", count]) + "\n"
 
 

@@ -194,6 +194,21 @@ def usual_args(stem: str, preset: str, total: int) -> dict[str, Any]:
     return GONE | default | {"stage_timesteps": default_stages(total), "exp_name": stem}
 
 
+def after_refinements(group: Group) -> dict[int, list[float]]:
+    """By step, the seeds' deterministic returns right after a refinement and the encoder's reset,
+    as far as the logs have them.
+    """
+    found: dict[int, list[float]] = {}
+    for seed, curve in group.curves.items():
+        if (curve.run / "refine.csv").is_file():
+            table = read_table(curve.run / "refine.csv")
+            for i in (
+                np.flatnonzero(table["seed"] == seed) if "deterministic_after" in table else ()
+            ):
+                found.setdefault(int(table["step"][i]), []).append(table["deterministic_after"][i])
+    return found
+
+
 def refinements(group: Group) -> list[int]:
     """Steps at which a GoRL run's decoder is refined; none for another method."""
     if "stage_timesteps" not in preset_args(group.method, "paper"):

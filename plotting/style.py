@@ -142,6 +142,8 @@ def note(
     counts = counts or {len(group.curves) for group in groups}
     few, many = min(counts), max(counts)
     text = f"{what} {few if few == many else f'{few} to {many}'} seed{'s' * (many > 1)}"
+    if many == 1 and what.startswith("Mean"):
+        text = "One seed"
     text += f", fewer than the paper's {SEEDS}." if few < SEEDS else "."
     short, long = (f"{f(g.reached for g in groups) / 1e6:.3g}M" for f in (min, max))
     if min(group.reached for group in groups) < paper:

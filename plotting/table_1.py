@@ -12,7 +12,7 @@ import numpy as np
 from plotting import runs, style
 from plotting.paper import METHODS, SEEDS, TASKS, TOTAL_TIMESTEPS, reported
 
-HEADER = ["task", "method", "ours", "the paper", "ours - paper", "our seeds x steps"]
+HEADER = ["task", "method", "ours", "the paper", "our seeds x steps"]
 FORMATS = {
     "txt": ("*{}*", "{} ± {}"),  # how the best and a mean and its std look
     "md": ("**{}**", "{} ± {}"),
@@ -63,23 +63,23 @@ def rows(groups: list[runs.Group], kind: str) -> list[list[str]]:
             paper = papers.get(of)
             row = [task, tex(name) if kind == "tex" else name]
             row += [pair(ours, 1, name in highest), pair(paper, 2, of in highest_paper)]
-            row += [f"{ours[0] - paper[0]:+.1f}" if ours and paper else "-"]
-            row += ["not run"]
+            size = "no run here"
             if group:
-                row[-1] = f"{len(group.curves)} x {runs.align(group)[0][-1] / 1e6:.4g}M"
-            table.append(row)
+                size = f"{len(group.curves)} x {runs.align(group)[0][-1] / 1e6:.4g}M"
+            table.append([*row, size])
     return table
 
 
 def notes(groups: list[runs.Group]) -> list[str]:
     """What a reader of the table has to know: one sentence each."""
     lines = ["Return of the last policy (not the best), mean ± std (n - 1) over seeds."]
+    lines.append("Bold or in asterisks: the highest mean, by chance or not.")
     if min(len(group.curves) for group in groups) < SEEDS:
         lines.append(f"Fewer seeds than the paper's {SEEDS}: see the last column.")
     if min(group.reached for group in groups) < TOTAL_TIMESTEPS:
         lines.append(
             f"The paper has {TOTAL_TIMESTEPS / 1e6:g}M steps: where the last column shows fewer, "
-            "the difference says nothing about whether the paper reproduces."
+            "a difference says nothing about whether the paper reproduces."
         )
     lines += style.unusual(groups)
     if missing := [task for task in TASKS if task not in {group.task for group in groups}]:
@@ -107,8 +107,8 @@ def as_text(groups: list[runs.Group], kind: str) -> str:
         if table[i][0] != table[i + 1][0]:
             body[i + 1] += r" \addlinespace"
     text = tex(" ".join(notes(groups))).replace("±", r"$\pm$")
-    body.append(rf"\bottomrule \multicolumn{{6}}{{p{{0.9\linewidth}}}}{{\footnotesize {text}}} \\")
-    frame = ["% needs booktabs", r"\begin{tabular}{llrrrr}", r"\toprule", body[0], r"\midrule"]
+    body.append(rf"\bottomrule \multicolumn{{5}}{{p{{0.9\linewidth}}}}{{\footnotesize {text}}} \\")
+    frame = ["% needs booktabs", r"\begin{tabular}{llrrr}", r"\toprule", body[0], r"\midrule"]
     return "\n".join([*frame, *body[1:], r"\end{tabular}"]) + "\n"
 
 

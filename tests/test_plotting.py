@@ -415,9 +415,15 @@ def test_figure_4(tmp_path, figures):
         for j, task in enumerate(("CheetahRun", "HopperStand")):
             end = 100 * (i + 1) + 10 * j
             write_run(tmp_path / f"{method}{task}", method, task, rising(end, 1), seeds=(1, 2, 3))
+    after = "seed,step,deterministic_after\n1,59965440,10\n2,59965440,20\n3,59965440,60\n"
+    (tmp_path / "gorl_fm_ppoCheetahRun/refine.csv").write_text(after)
     figure_4.draw(options(tmp_path))
     (figure,) = figures
     assert [axes.get_title() for axes in figure.axes] == ["CheetahRun", "HopperStand"]
+    rings = [line for axes in figure.axes for line in axes.get_lines() if line.get_marker() == "o"]
+    (ring,) = rings
+    assert ring.axes is figure.axes[0] and ring.get_color() == style.COLOURS["gorl_fm_ppo"]
+    assert (*ring.get_xdata(), *ring.get_ydata()) == (59.96544, 30)
     for j, axes in enumerate(figure.axes):
         curves = {line.get_label(): line for line in axes.get_lines()}
         for i, (method, name) in enumerate(paper.METHODS.items()):
@@ -452,7 +458,8 @@ def test_figure_4(tmp_path, figures):
     figure.canvas.draw()
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
-    assert set(names) == {*paper.METHODS.values(), "decoder refined (GoRL)", "the paper's Table 1"}
+    others = {"decoder refined (GoRL)", "the paper's Table 1", "right after a refinement"}
+    assert set(names) == {*paper.METHODS.values(), *others}
     box = legend.get_window_extent()
     assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
@@ -463,7 +470,7 @@ def test_figure_4_says_what_it_is(tmp_path, figures):
     write_run(tmp_path / "a", "gorl_fm_ppo", "CheetahRun", rising(100), preset="cpu")
     figure_4.draw(options(tmp_path))
     text = figures[0].get_suptitle().replace("\n", " ")
-    assert "1 seed, fewer" in text and "--preset cpu" in text
+    assert "One seed, fewer" in text and "--preset cpu" in text
     assert "1.2M steps; the paper has 180M" in text
     assert not figures[0].axes[0].containers  # the paper's returns are no comparison here
 
@@ -488,7 +495,7 @@ def test_unfinished_figures_say_so(tmp_path, figures):
         for f in table_1.draw(options(tmp_path, unfinished=True))
         if f.suffix == ".txt"
     )
-    assert "FPO         -" in text and "not run" in text
+    assert "FPO         -" in text and "no run here" in text
     with pytest.raises(runs.CannotDraw):
         aggregate.draw(options(tmp_path, unfinished=True))
 
@@ -510,20 +517,20 @@ def test_table_1(tmp_path):
     write_run(tmp_path / "c", "gorl_fm_ppo", "HopperStand", rising(733.66), seeds=(1,))
     files = {file.suffix: file.read_text() for file in table_1.draw(options(tmp_path))}
     lines = [re.sub(" +", " ", line) for line in files[".md"].splitlines()]
-    assert lines[0] == "| task | method | ours | the paper | ours - paper | our seeds x steps |"
+    assert lines[0] == "| task | method | ours | the paper | our seeds x steps |"
     assert lines[2:7] == [
-        "| CheetahRun | PPO | **720.0 ± 10.0** | 724.83 ± 155.67 | -4.8 | 3 x 179.9M |",
-        "| CheetahRun | FPO | - | 599.15 ± 297.45 | - | not run |",
-        "| CheetahRun | DPPO | - | 559.79 ± 99.97 | - | not run |",
-        "| CheetahRun | GoRL(DIFF) | - | **902.24 ± 2.20** | - | not run |",
-        "| CheetahRun | GoRL(FM) | 601.5 ± 0.7 | 883.40 ± 19.94 | -281.9 | 2 x 179.9M |",
+        "| CheetahRun | PPO | **720.0 ± 10.0** | 724.83 ± 155.67 | 3 x 179.9M |",
+        "| CheetahRun | FPO | - | 599.15 ± 297.45 | no run here |",
+        "| CheetahRun | DPPO | - | 559.79 ± 99.97 | no run here |",
+        "| CheetahRun | GoRL(DIFF) | - | **902.24 ± 2.20** | no run here |",
+        "| CheetahRun | GoRL(FM) | 601.5 ± 0.7 | 883.40 ± 19.94 | 2 x 179.9M |",
     ]
     # One seed has no std; a method alone is not bold.
-    assert lines[11] == "| HopperStand | GoRL(FM) | 733.7 | 733.66 ± 223.76 | +0.0 | 1 x 179.9M |"
+    assert lines[11] == "| HopperStand | GoRL(FM) | 733.7 | 733.66 ± 223.76 | 1 x 179.9M |"
     assert "Fewer seeds than the paper's 5" in files[".md"] and "says nothing" not in files[".md"]
     assert "Not run: FingerSpin, FingerTurnHard, FishSwim, WalkerWalk." in files[".md"]
     body = [line for line in files[".tex"].splitlines() if "&" in line]
-    assert len(body) == 1 + 2 * 5 and all(line.count("&") == 5 and r"\\" in line for line in body)
+    assert len(body) == 1 + 2 * 5 and all(line.count("&") == 4 and r"\\" in line for line in body)
     assert sum(r"\addlinespace" in line for line in body) == 1 and r"\addlinespace" in body[5]
     assert r"$\mathbf{720.0 \pm 10.0}$" in files[".tex"] and "*720.0 ± 10.0*" in files[".txt"]
     assert r"Fewer seeds than the paper's 5" in files[".tex"].replace("%", "")
@@ -533,7 +540,7 @@ def test_table_1_of_small_runs_says_so(tmp_path):
     """Otherwise 1.2M steps are compared with 180M as if that meant something."""
     write_run(tmp_path / "a", "ppo_gaussian", "CheetahRun", rising(700), preset="cpu")
     (text,) = (f.read_text() for f in table_1.draw(options(tmp_path)) if f.suffix == ".txt")
-    assert "1 x 1.198M" in text and "the difference says nothing" in text
+    assert "1 x 1.198M" in text and "a difference says nothing" in text
 
 
 def test_best_by_the_papers_rule():

@@ -156,6 +156,9 @@ KINDS = {
     "refined": lambda run: np.median(refined(run), axis=1),
     "mode": lambda run: np.median(refined(run, "deterministic"), axis=1),
     "gains": lambda run: [(refined(run) > 1).sum()],
+    "mode_gains": lambda run: [(refined(run, "deterministic") > 1).sum()],
+    "det_before": lambda run: [row["deterministic_before"] for row in csv_of(run, "refine.csv")],
+    "det_after": lambda run: [row["deterministic_after"] for row in csv_of(run, "refine.csv")],
     "better": lambda run: better()[run],
     "warmth": warmth,
     "unstable": unstable,
@@ -196,15 +199,20 @@ def values(text):
 # --- tables
 
 WORDS = {("the paper", "seen at this size"), ("script", "method")}  # nothing measured
-WORDS |= {("name", "task", "steps", "discount", "further arguments")}
+WORDS |= {
+    ("name", "task", "steps", "discount", "further arguments"),
+    ("", "the paper", "`--preset cpu`"),
+}
 WORDS |= {("file", "a row for each seed and …"), ("command", "what it draws", "what it needs")}
-RETURNS = ("task", "method", "ours", "the paper", "ours - paper", "our seeds x steps")
+RETURNS = ("task", "method", "ours", "the paper", "our seeds x steps")
 CELLS = reproduction.HEADER
 LOGS = ("folder", "command", "commit", "device", "wall time", "what it shows")
 DECODER = ("the decoder's data", "after / before", "gains of 15", "last return")
 DECODER += ("P(ends above PPO)", "folder")
 SETTINGS = ("changed", "return at 0.2M steps", "return at 0.4M steps", "folder")
-NAMES = {"method", *LOGS[:4], LOGS[5], "log", "changed", "the decoder's data", *CELLS[6:8]}
+REFINED = ("run", "after / before, stochastic", "after / before, deterministic")
+REFINED += ("gains, stochastic", "gains, deterministic", "folder")
+NAMES = {"run", "method", *LOGS[:4], LOGS[5], "log", "changed", "the decoder's data", *CELLS[6:8]}
 COUNTS = {DECODER: 8, SETTINGS: 5}
 
 
@@ -223,12 +231,11 @@ def of_returns(row):
     stem, folder = STEMS.get(row["method"]), five_seeds(row)
     found = {"the paper": TABLE_1[stem][TASKS.index(row["task"])] if stem else ()}
     if not folder.is_dir():
-        assert (row["ours"], row["our seeds x steps"]) == ("-", "not run")
+        assert (row["ours"], row["our seeds x steps"]) == ("-", "no run here")
         return found
     ours, seeds = at(run := str(folder.relative_to(RESULTS))), curves(run)
-    less = [ours.mean() - mean for mean in found["the paper"][:1]]
     size = [len(seeds), max(seeds[0]) / 1e6]
-    return found | {"ours": spread(ours), "ours - paper": less, "our seeds x steps": size}
+    return found | {"ours": spread(ours), "our seeds x steps": size}
 
 
 def of_cell(row):
@@ -266,12 +273,17 @@ def of_decoder(row):
     return {x: values(f"{kind}:{run}") if row[x] else () for x, kind in kinds}
 
 
+def of_refined(row):
+    kinds = zip(REFINED[1:5], ("refined", "mode", "gains", "mode_gains"), strict=True)
+    return {name: values(f"{kind}:{row['folder'].strip('`/')}") for name, kind in kinds}
+
+
 def of_settings(row):
     return {SETTINGS[1]: at(row["folder"], 215_040), SETTINGS[2]: at(row["folder"], 414_720)}
 
 
 ROWS = {RETURNS: of_returns, LOGS: of_log, CELLS: of_cell, DECODER: of_decoder}
-ROWS |= {SETTINGS: of_settings}
+ROWS |= {SETTINGS: of_settings, REFINED: of_refined}
 
 
 @pytest.mark.parametrize("page, header", [(page, x) for page in PAGES for x in tables(page)])
@@ -301,6 +313,14 @@ def test_no_row_is_gone():
             cells = [row[column] for row in mine if row[column] != "-"]
             best = max(cells, key=lambda cell: float(numbers(cell)[0]), default=None)
             assert [x for x in cells if "**" in x] == [best] * (len(cells) > 1)
+
+
+def test_the_first_run():
+    """Otherwise a newcomer's first screen is not what the page says."""
+    (curve,), page = curves("quickstart"), TEXT["README.md"]
+    step = max(curve)
+    assert f"step {step:,}, stage 3: return [{curve[step]:.1f}]" in page
+    assert pack.command_of(record("quickstart/args.json")) in page
 
 
 def test_the_page_is_made_anew(tmp_path, capsys):
