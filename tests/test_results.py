@@ -319,7 +319,7 @@ def test_the_first_run():
     """Otherwise a newcomer's first screen is not what the page says."""
     (curve,), page = curves("quickstart"), TEXT["README.md"]
     step = max(curve)
-    assert f"step {step:,}, stage 3: return [{curve[step]:.1f}]" in page
+    assert f"step {step:,.0f}, stage 3: return [{curve[step]:.1f}]" in page
     assert pack.command_of(record("quickstart/args.json")) in page
 
 
