@@ -329,7 +329,8 @@ def read_run(run: Path, unfinished: bool = False) -> tuple[dict[str, Any], dict[
             )
         if steps[-1] > last_step(args) or (steps[-1] < last_step(args) and not unfinished):
             raise ValueError(
-                f"seed {seed} is not finished: at step {steps[-1]:.0f} of {last_step(args)}"
+                f"seed {seed} is not finished: at step {steps[-1]:.0f} of {last_step(args)}; "
+                "--unfinished draws it"
             )
         curves[seed] = Curve(steps, returns, run, str(args["versions"].get("git_commit")))
     return args, curves
