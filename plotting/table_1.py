@@ -91,6 +91,7 @@ def as_text(groups: list[runs.Group], kind: str) -> str:
     """The whole table as `txt` (best between asterisks), `md` or `tex` (booktabs)."""
     table = rows(groups, kind)
     widths = [max(map(len, column)) for column in zip(HEADER, *table, strict=True)]
+    widths = [0 if kind == "md" else width for width in widths]
     lined = [
         [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         for row in (HEADER, *table)
@@ -100,7 +101,7 @@ def as_text(groups: list[runs.Group], kind: str) -> str:
         return "\n".join([*body, "", *notes(groups)]) + "\n"
     if kind == "md":
         body = ["| " + " | ".join(row) + " |" for row in lined]
-        rule = "| " + " | ".join("-" * max(width, 3) for width in widths) + " |"
+        rule = "| " + " | ".join("---" for _ in HEADER) + " |"
         return "\n".join([body[0], rule, *body[1:], "", *notes(groups)]) + "\n"
     body = [" & ".join(row).rstrip() + r" \\" for row in lined]
     for i in range(len(table) - 1):
