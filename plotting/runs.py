@@ -511,20 +511,15 @@ def select(options: Options, drawable: Callable[[Group], bool] = lambda group: T
     for groups in by_task.values():
         chosen += comparable(groups)
     if not chosen:
-        there = ", ".join(sorted({f"{group.name} on {group.task}" for group in every}))
-        asks = " ".join([f"--preset {options.preset}", *options.where]).removeprefix(
-            "--preset auto"
-        )
-        raise CannotDraw(
-            f"no run that can be drawn{asks and f' ({asks.strip()})'}; there: {there or 'none'}"
-        )
+        asks = " ".join([f"--preset {options.preset}", *options.where])
+        there = ", ".join(sorted({f"{group.name} on {group.task}" for group in every})) or "no run"
+        raise CannotDraw(f"no run that can be drawn ({asks}); there: {there}")
     order = {name: i for i, name in enumerate((*METHODS, *TASKS))}
     chosen.sort(key=lambda g: (order.get(g.method, 99), g.method, "exp_name" in g.settings))
     chosen.sort(key=lambda g: (order.get(g.task, 99), g.task))
     chosen = labelled(chosen)
-    report(
-        chosen, every, "--where or --preset asks for others, --runs RUN_DIR draws a run as it is"
-    )
+    hint = "--where or --preset asks for others, --runs RUN_DIR draws a run as it is"
+    report(chosen, every, hint)
     return chosen
 
 
