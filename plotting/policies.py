@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,8 @@ def open_run(run: Path) -> tuple[ModuleType, Any]:
     script = runs.script_of(stem)
     if script is None:
         raise ValueError(f"its script, {stem}.py, is not here")
+    if not hasattr(script.make_env, "cache_info"):
+        script.make_env = cache(script.make_env)  # seconds, which each policy would take anew
     try:
         return script, script.load_args(run)
     except Exception as error:  # a fork's script may do anything
