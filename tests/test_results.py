@@ -157,6 +157,8 @@ KINDS = {
     "mode": lambda run: np.median(refined(run, "deterministic"), axis=1),
     "gains": lambda run: [(refined(run) > 1).sum()],
     "mode_gains": lambda run: [(refined(run, "deterministic") > 1).sum()],
+    "before": lambda run: [row["return_before"] for row in csv_of(run, "refine.csv")],
+    "after": lambda run: [row["return_after"] for row in csv_of(run, "refine.csv")],
     "det_before": lambda run: [row["deterministic_before"] for row in csv_of(run, "refine.csv")],
     "det_after": lambda run: [row["deterministic_after"] for row in csv_of(run, "refine.csv")],
     "better": lambda run: better()[run],
