@@ -632,8 +632,8 @@ def load_policy(run_dir: str | Path, step: int | None = None, seed: int | None =
     agents, _ = load_arrays(args, files[max(files) if step is None else step], like)
     index = 0 if seed is None else range(args.seed, args.seed + args.num_seeds).index(seed)
     agent = jax.tree.map(lambda x: x[index], agents)
-    policy = jax.jit(act, static_argnums=0)  # compiled once for all policies of equal arguments
-    return lambda obs, key, deterministic=False: policy(args, agent, obs, key, deterministic)[0]
+    policy = jax.jit(partial(act, args))
+    return lambda obs, key, deterministic=False: policy(agent, obs, key, deterministic)[0]
 
 
 def over_seeds(args: Args, f: Callable, in_axes: tuple, **options: Any) -> Callable:

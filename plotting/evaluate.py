@@ -36,7 +36,8 @@ def evaluate(
         episodes: How many episodes, in parallel.
         stochastic: Sample latents and actions, as in training; default: the evaluation policy.
         env_seed: Initial states and noise; default: the policy's seed, which with the run's
-            --eval-envs episodes gives eval.csv's row again.
+            --eval-envs episodes gives eval.csv's row again, up to rounding, which a chaotic
+            simulation amplifies.
         out: The CSV file to add to.
     """
     if episodes < 1:

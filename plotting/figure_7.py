@@ -189,12 +189,8 @@ def draw(
     counts = {len({seed for name, seed, _ in drawn if name == label}) for label in labels}
     kind = f"{env_id}: densities of {samples:,} u at one state, a line a seed, of"
     text = style.note([mine[label] for label in labels], kind, counts)
-    text += (
-        " Gain: nats a sample by which two Gaussians describe held-out u better than one (0: one "
-    )
-    text += (
-        "is enough). Dip: the deepest valley between two peaks (0: one peak, 1: two peaks apart)."
-    )
+    text += " Gain: nats a sample by which two Gaussians describe held-out u better than one (0: "
+    text += "one is enough). Dip: deepest valley between two peaks (0: one peak, 1: two apart)."
     style.finish(figure, [], text)
     record = {
         "env_id": env_id,

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,20 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
+def made_once(make_env: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`make_env`, which remembers what it has made: arguments of a fork need not be hashable."""
+    made: dict[str, Any] = {}
+
+    @wraps(make_env)
+    def remembering(args: Any) -> Any:
+        if repr(args) not in made:
+            made[repr(args)] = make_env(args)
+        return made[repr(args)]
+
+    remembering.made = made
+    return remembering
+
+
 def open_run(run: Path) -> tuple[ModuleType, Any]:
     """The script that made a run directory, and its arguments; ValueError if it is none of a script
     here.
@@ -27,8 +41,8 @@ def open_run(run: Path) -> tuple[ModuleType, Any]:
     script = runs.script_of(stem)
     if script is None:
         raise ValueError(f"its script, {stem}.py, is not here")
-    if not hasattr(script.make_env, "cache_info"):
-        script.make_env = cache(script.make_env)  # seconds, which each policy would take anew
+    if not hasattr(script.make_env, "made"):
+        script.make_env = made_once(script.make_env)  # seconds, which each policy would take anew
     try:
         return script, script.load_args(run)
     except Exception as error:  # a fork's script may do anything

@@ -17,10 +17,12 @@ from conftest import GORL, SCRIPTS, name_of
 from fake_runs import write_run
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
+from PIL import Image
 from scipy import stats
 
 from plotting import (
     aggregate,
+    figure_2,
     figure_4,
     figure_5,
     figure_6,
@@ -826,6 +828,15 @@ def test_projection_and_density():
     np.testing.assert_allclose(
         figure_7.kernel_density(samples, x), stats.norm.pdf(x, 0, width), atol=0.015
     )
+
+
+def test_figure_2(tmp_path):
+    """Otherwise the page's first picture cannot be made again, or is too large for it."""
+    png, pdf = figure_2.draw(runs.Options(out=tmp_path))
+    with Image.open(png) as picture:
+        assert picture.size == (2025, 1605)
+        assert len(picture.getcolors(256)) > 20
+    assert png.stat().st_size < 200_000 and b"/FontFile2" in pdf.read_bytes()
 
 
 # --- packing
