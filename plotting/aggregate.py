@@ -11,6 +11,7 @@ than it seems.
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,25 +60,26 @@ def statistics(
 ) -> tuple[dict, dict]:
     """By label: IQM of scores (K, T), and P(better than PPO), each (estimate, low, high) at 95%.
 
-    The bootstrap draws seeds anew within each task. `baselines`: PPO's label for each, if not PPO.
+    The bootstrap draws seeds anew within each task, the same for whatever stands beside a label.
+    `baselines`: PPO's label for each, if not PPO.
     """
     from rliable import library, metrics  # takes seconds to import
 
-    np.random.seed(0)  # noqa: NPY002  (the generator that rliable draws from)
-    iqm, iqm_range = library.get_interval_estimates(
-        by_label, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps
-    )
-    of = {label: (baselines or {}).get(label, BASELINE) for label in by_label}
-    pairs = {m: (x, by_label[of[m]]) for m, x in by_label.items() if of[m] in set(by_label) - {m}}
-    better, better_range = {}, {}
-    if pairs:
-        better, better_range = library.get_interval_estimates(
-            pairs, metrics.probability_of_improvement, reps=reps
-        )
-    return (
-        {m: (float(iqm[m][0]), *map(float, iqm_range[m][:, 0])) for m in iqm},
-        {m: (float(better[m]), *map(float, better_range[m].ravel())) for m in better},
-    )
+    def estimate(scores: Any, statistic: Callable) -> tuple[float, float, float]:
+        np.random.seed(0)  # noqa: NPY002  (rliable draws from this generator)
+        value, interval = library.get_interval_estimates({"it": scores}, statistic, reps=reps)
+        return float(np.squeeze(value["it"])), *map(float, interval["it"].ravel())
+
+    def iqm(x: np.ndarray) -> np.ndarray:
+        return np.array([metrics.aggregate_iqm(x)])
+
+    better = {}
+    for label, x in by_label.items():
+        baseline = (baselines or {}).get(label, BASELINE)
+        if baseline != label and baseline in by_label:
+            pair = x, by_label[baseline]
+            better[label] = estimate(pair, metrics.probability_of_improvement)
+    return {label: estimate(x, iqm) for label, x in by_label.items()}, better
 
 
 def draw(options: runs.Options, reps: int = 2000) -> list[Path]:
