@@ -158,12 +158,10 @@ def campaign(script, folder, phases, seed):
     return run_dirs, kills
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+@pytest.mark.parametrize("script", TWO, ids=name_of)
 def test_killed_runs_end_as_if_they_had_not_been(script, references, tmp_path):
     """Otherwise a pre-empted run is not the run that its command line says."""
-    phases = list(PHASES) if script in TWO else ["checkpoint"]  # what writes files is shared
-    if script in GORL:
-        phases.insert(0, "decoder")
+    phases = ["decoder", *PHASES] if script in GORL else PHASES
     run_dirs, kills = campaign(script, tmp_path, phases, seed=1)
     assert set(kills) == set(phases)
     assert run_dirs
@@ -197,6 +195,7 @@ def stopped(name, number, script, *arguments):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("script", TWO, ids=name_of)
 def test_sigterm_makes_a_checkpoint(script, references, tmp_path):
     """Otherwise the end of a time slice costs the time since the last checkpoint."""
     stopped("train", 10, script, "--runs-dir", tmp_path, "--checkpoint-minutes", 60)
