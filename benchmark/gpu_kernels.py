@@ -4,10 +4,13 @@ r"""Kernels and memory of a script's programs on an NVIDIA H100, counted on a ma
     python benchmark/gpu_kernels.py gorl_fm_ppo -- --env-id HopperStand
 
 After `--` come the script's arguments. XLA compiles each program for a description of the device.
-A kernel is here what the compiled program starts on the device: a fusion, a copy, a sort, a product
-of matrices, a call of a library (Cholesky: one, though it starts several). Those in a loop count
-once for each pass. Where the number of passes depends on the data, as in MJX's solver and its line
-search, `--open-passes` are assumed.
+A kernel is here an instruction of the compiled program that starts something on the device: a
+fusion, a copy, a product of matrices, a sort or a call of a library, which counts as one though it
+may start several. Those in a loop count once for each pass. Where the number of passes depends on
+the data, as in MJX's Newton solver, `--open-passes` are assumed (HopperStand's limit is 4); such a
+loop also asks the host before each pass, which takes longer than a kernel and is not counted.
+Nothing is tuned without the device, so that its own program may differ in its products. CUDA graphs
+start many kernels at once: the counts are of kernels, not of launches.
 
 A control step steps all environments of all seeds once. Memory is the program's: its arguments,
 results and temporaries. Prints a table, and writes JSON with `--out`.
@@ -93,7 +96,7 @@ class Count:
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 FREE |= {"partition-id", "replica-id", "opt-barrier", "add-dependency"}
 HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
-INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?[\w.\-]+ = .*? ([a-z][a-z\-]*)\(")
+INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?[\w.\-]+ = .*? ([a-z][a-z0-9\-]*)\(")
 
 
 def computations(text: str) -> dict[str, list[tuple[str, str]]]:
@@ -135,6 +138,7 @@ def count(text: str, open_passes: int) -> tuple[int, list[Loop]]:
                 names = called(line, "body", *(() if known else ("condition",)))
                 parts = [walk(name, depth + 1) for name in names]
                 one_pass = sum(part[0] for part in parts)
+                kernels += 0 if known else parts[1][0]  # it is asked once more than it goes on
                 name = re.search(r'op_name="([^"]*)"', line)
                 loops.append(Loop(depth, passes, one_pass, name[1] if name else ""))
                 loops += [loop for part in parts for loop in part[1]]
@@ -142,7 +146,7 @@ def count(text: str, open_passes: int) -> tuple[int, list[Loop]]:
             elif operation in ("call", "conditional"):
                 names = ("to_apply", "branch_computations", "true_computation", "false_computation")
                 parts = [walk(name, depth) for name in called(line, *names)]
-                kernels += max(part[0] for part in parts)
+                kernels += max((part[0] for part in parts), default=0)
                 loops += [loop for part in parts for loop in part[1]]
             elif operation not in FREE and not operation.endswith("-done"):
                 kernels += 1
@@ -219,10 +223,10 @@ def measure(bench: Count, script: Any, args: Any) -> dict[str, Any]:
         sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes)
         total = sum(sizes) - memory.alias_size_in_bytes + memory.temp_size_in_bytes
         outer = [loop for loop in loops if loop.depth == 0]
-        of_one = {
-            what: sum(loop.kernels for loop in outer if loop.passes == passes)
-            for what, passes in repeated(name, script, args).items()
-        }
+        of_one = {}
+        for what, passes in repeated(name, script, args).items():
+            found_loops = [loop.kernels for loop in outer if loop.passes == passes]
+            of_one[what] = found_loops[0] if len(found_loops) == 1 else None  # not told apart
         result[name] = {
             "kernels": kernels,
             "kernels_of_one": of_one,
@@ -236,10 +240,11 @@ def measure(bench: Count, script: Any, args: Any) -> dict[str, Any]:
 
 # --- for a reader ---
 def report(programs: dict[str, Any]) -> str:
-    lines = [f"{'':32}{'kernels':>12}{'GB':>8}"]
+    lines = [f"{'':32}{'kernels':>12}{'GB':>10}"]
     for name, found in programs.items():
-        lines.append(f"{name:32}{found['kernels']:12,}{found['memory_gb']:8.2f}")
-        lines += [f"  {what:30}{n:12,}" for what, n in found["kernels_of_one"].items()]
+        lines.append(f"{name:32}{found['kernels']:12,}{found['memory_gb']:10.3f}")
+        for what, n in found["kernels_of_one"].items():
+            lines.append(f"  {what:30}{'-' if n is None else format(n, ','):>12}")
     return "\n".join(lines)
 
 
