@@ -172,7 +172,7 @@ def examples(script: Any, args: Any, env: Any) -> dict[str, tuple]:
     return found
 
 
-def repeated(name: str, script: Any, args: Any) -> dict[str, int]:
+def repeated(name: str, args: Any) -> dict[str, int]:
     """What a program's outer loops repeat, and how often."""
     if name == "iteration":
         minibatches = args.update_epochs * args.num_minibatches
@@ -224,7 +224,7 @@ def measure(bench: Count, script: Any, args: Any) -> dict[str, Any]:
         total = sum(sizes) - memory.alias_size_in_bytes + memory.temp_size_in_bytes
         outer = [loop for loop in loops if loop.depth == 0]
         of_one = {}
-        for what, passes in repeated(name, script, args).items():
+        for what, passes in repeated(name, args).items():
             found_loops = [loop.kernels for loop in outer if loop.passes == passes]
             of_one[what] = found_loops[0] if len(found_loops) == 1 else None  # not told apart
         result[name] = {

@@ -597,6 +597,12 @@ def test_aggregate_against_scipy():
     assert better["FPO"][0] == pytest.approx(np.mean(wins))
     assert better["FPO"][1] < better["FPO"][0] < better["FPO"][2]
     assert aggregate.statistics(by_name, reps=100) == aggregate.statistics(by_name, reps=100)
+    # Nor does an interval depend on what stands beside it, before or after.
+    more = {"another": by_name["PPO"] + 1} | by_name | {"last": by_name["PPO"] - 1}
+    for alone, beside in zip(
+        *(aggregate.statistics(x, reps=100) for x in (by_name, more)), strict=True
+    ):
+        assert alone.items() <= beside.items()
 
 
 def test_aggregate_uses_what_is_common(capsys):
