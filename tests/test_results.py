@@ -138,6 +138,13 @@ def unstable(run):
     return [sum(r["seed"] == seed and r["approx_kl"] > 1 for r in rows) for seed in (1, 2)]
 
 
+def fast(runs):
+    """Refinements of policies above 700, the limit, and how many of them cost more than a tenth."""
+    rows = [row for run in runs.split("+") for row in csv_of(run, "refine.csv")]
+    ratios = [r["return_after"] / r["return_before"] for r in rows if r["return_before"] > 700]
+    return [len(ratios), 700, sum(ratio < 0.9 for ratio in ratios)]
+
+
 @cache
 def better():
     """By run of the table of decoders, the probability to end above PPO, and its interval."""
@@ -164,6 +171,9 @@ KINDS = {
     "better": lambda run: better()[run],
     "warmth": warmth,
     "unstable": unstable,
+    "exploded": lambda run: [sum(row["approx_kl"] > 1 for row in csv_of(run, "train.csv"))],
+    "worst": lambda run: [refined(run).min()],
+    "fast": fast,
 }
 
 
