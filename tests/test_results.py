@@ -164,6 +164,12 @@ def at_starts(run):
     return [sum(rows), len(rows)]
 
 
+def out_of_step(file):
+    """Of a trial's file: last return, and iterations with a KL above 1."""
+    trial = record(file)
+    return [*spread(trial["last_return"]), sum(trial["iterations_with_kl_above_1"])]
+
+
 @cache
 def better():
     """By run of the table of decoders, the probability to end above PPO, and its interval."""
@@ -197,6 +203,7 @@ KINDS = {
     "rise": rise,
     "fall": lambda *of: -np.array(rise(*of)),
     "at_starts": at_starts,
+    "out_of_step": out_of_step,
     "kl": lambda run: [np.median([row["approx_kl"] for row in csv_of(run, "train.csv")])],
 }
 
