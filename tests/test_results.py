@@ -182,7 +182,6 @@ KINDS = {
     "better": lambda run: better()[run],
     "warmth": warmth,
     "exploded": lambda run: [sum(row["approx_kl"] > 1 for row in csv_of(run, "train.csv"))],
-    "worst": lambda run: [refined(run).min()],
     "fast": fast,
     "lead": lead,
     "rise": rise,
