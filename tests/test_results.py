@@ -158,6 +158,12 @@ def out_of_step(file):
     return [*spread(trial["last_return"]), sum(trial["iterations_with_kl_above_1"])]
 
 
+def dips(file):
+    """Of Figure 7's densities, how many there are, and the largest dip."""
+    found = [policy["dip"] for policy in record(file)["policies"]]
+    return [len(found), max(found)]
+
+
 @cache
 def better():
     """By run of the table of decoders, the probability to end above PPO, and its interval."""
@@ -188,6 +194,7 @@ KINDS = {
     "fall": lambda *of: -np.array(rise(*of)),
     "at_starts": at_starts,
     "out_of_step": out_of_step,
+    "dips": dips,
     "kl": lambda run: [np.median([row["approx_kl"] for row in csv_of(run, "train.csv")])],
 }
 
