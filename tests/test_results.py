@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import mannwhitneyu
 
 from plotting import aggregate, pack, reproduction
 from plotting.paper import METHODS, TABLE_1, TASKS
@@ -133,15 +134,15 @@ def fast(runs):
     return [len(ratios), 700, sum(ratio < 0.9 for ratio in ratios)]
 
 
-def lead(run, step=None):
-    """Over PPO of the same folder; when a stage ends, over PPO's next evaluation."""
-    baseline = str(Path(run).parent / "ppo_gaussian")
-    return [at(run, step).mean() - at(baseline, 1_013_760 if step else None).mean()]
+def against_ppo(run):
+    """Last returns, and PPO's of the same folder."""
+    return at(run), at(str(Path(run).parent / "ppo_gaussian"))
 
 
-def rise(run, step):
-    """Of the mean return, from a step to the end."""
-    return [at(run).mean() - at(run, step).mean()]
+def costs(run, stage):
+    """The least and the most that this refinement takes from a seed, in percent."""
+    ratio = refined(run)[stage - 1]
+    return [100 * (1 - ratio.max()), 100 * (1 - ratio.min())]
 
 
 def at_starts(run):
@@ -150,12 +151,6 @@ def at_starts(run):
     rows = [(row["step"] / size * steps, row["approx_kl"] > 1) for row in csv_of(run, "train.csv")]
     rows = [exploded for end, exploded in rows if (end - 1) // length > (end - 1 - steps) // length]
     return [sum(rows), len(rows)]
-
-
-def out_of_step(file):
-    """Of a trial's file: last return, and iterations with a KL above 1."""
-    trial = record(file)
-    return [*spread(trial["last_return"]), sum(trial["iterations_with_kl_above_1"])]
 
 
 def dips(file):
@@ -181,21 +176,18 @@ KINDS = {
     "mode": lambda run: np.median(refined(run, "deterministic"), axis=1),
     "gains": lambda run: [(refined(run) > 1).sum()],
     "mode_gains": lambda run: [(refined(run, "deterministic") > 1).sum()],
-    "before": lambda run: [row["return_before"] for row in csv_of(run, "refine.csv")],
-    "after": lambda run: [row["return_after"] for row in csv_of(run, "refine.csv")],
     "det_before": lambda run: [row["deterministic_before"] for row in csv_of(run, "refine.csv")],
     "det_after": lambda run: [row["deterministic_after"] for row in csv_of(run, "refine.csv")],
     "better": lambda run: better()[run],
     "warmth": warmth,
     "exploded": lambda run: [sum(row["approx_kl"] > 1 for row in csv_of(run, "train.csv"))],
     "fast": fast,
-    "lead": lead,
-    "rise": rise,
-    "fall": lambda *of: -np.array(rise(*of)),
+    "pairs": lambda run: [np.greater.outer(*against_ppo(run)).sum()],
+    "p": lambda run: [mannwhitneyu(*against_ppo(run), method="exact").pvalue],
+    "std": lambda run: spread(at(run))[1:],
+    "costs": costs,
     "at_starts": at_starts,
-    "out_of_step": out_of_step,
     "dips": dips,
-    "kl": lambda run: [np.median([row["approx_kl"] for row in csv_of(run, "train.csv")])],
 }
 
 
@@ -246,7 +238,18 @@ DECODER += ("P(ends above PPO)", "folder")
 SETTINGS = ("changed", "return at 0.2M steps", "return at 0.4M steps", "folder")
 REFINED = ("run", "after / before, stochastic", "after / before, deterministic")
 REFINED += ("gains, stochastic", "gains, deterministic", "folder")
-NAMES = {"run", "method", *LOGS[:4], LOGS[5], "log", "changed", "the decoder's data", *CELLS[6:8]}
+TRIALS = ("trial", "seeds", "last return", "by seed", "explosions", "above 700", "log")
+NAMES = {
+    "run",
+    "method",
+    "trial",
+    *LOGS[:4],
+    LOGS[5],
+    "log",
+    "changed",
+    "the decoder's data",
+    *CELLS[6:8],
+}
 COUNTS = {DECODER: 8, SETTINGS: 5}
 
 
@@ -312,12 +315,22 @@ def of_refined(row):
     return {name: values(f"{kind}:{row['folder'].strip('`/')}") for name, kind in kinds}
 
 
+def of_trial(row):
+    trial = record(row["log"].strip("`"))
+    found = {"seeds": [min(trial["seeds"]), max(trial["seeds"])], "by seed": trial["last_return"]}
+    found |= {"last return": spread(trial["last_return"])}
+    found |= {"explosions": [sum(trial["iterations_with_kl_above_1"])]}
+    rows = [r for r in trial.get("refinements", ()) if r["return_before"] > 700]
+    broken = sum(r["return_after"] < 0.9 * r["return_before"] for r in rows)
+    return found | {"above 700": [broken, len(rows)] if row["above 700"] else ()}
+
+
 def of_settings(row):
     return {SETTINGS[1]: at(row["folder"], 215_040), SETTINGS[2]: at(row["folder"], 414_720)}
 
 
 ROWS = {RETURNS: of_returns, LOGS: of_log, CELLS: of_cell, DECODER: of_decoder}
-ROWS |= {SETTINGS: of_settings, REFINED: of_refined}
+ROWS |= {SETTINGS: of_settings, REFINED: of_refined, TRIALS: of_trial}
 
 
 @pytest.mark.parametrize("page, header", [(page, x) for page in PAGES for x in tables(page)])
