@@ -153,6 +153,12 @@ def at_starts(run):
     return [sum(rows), len(rows)]
 
 
+def drop(file):
+    """By seed of a trial, the most that an evaluation is below an earlier one."""
+    returns = np.array([*record(file)["return_by_step"].values()])
+    return (np.maximum.accumulate(returns) - returns).max(axis=0)
+
+
 def dips(file):
     """Of Figure 7's densities, how many there are, and the largest dip."""
     found = [policy["dip"] for policy in record(file)["policies"]]
@@ -188,6 +194,8 @@ KINDS = {
     "costs": costs,
     "at_starts": at_starts,
     "dips": dips,
+    "drop": drop,
+    "trial": lambda file: spread(record(file)["last_return"]),
 }
 
 
