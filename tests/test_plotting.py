@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import asdict, replace
+from itertools import takewhile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -973,7 +974,8 @@ def test_every_result_has_its_origin(folder):
     """Otherwise a figure of the README rests on a log that nobody can trace."""
     lines = (folder / "README.md").read_text().splitlines()
     start = lines.index("| " + " | ".join(pack.COLUMNS) + " |")
-    table = [line.split("|") for line in lines[start + 2 :] if line.startswith("|")]
+    rows = takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    table = [line.split("|") for line in rows]
     named = {re.sub(r"<[a-z]+>", "*", row[1].strip(" `/")) for row in table}
     for run in runs.find(folder):
         path = run.relative_to(folder)
