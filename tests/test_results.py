@@ -153,6 +153,24 @@ def at_starts(run):
     return [sum(rows), len(rows)]
 
 
+def two(names):
+    """Last returns of two runs or trials, by seed."""
+    for name in names.split("+"):
+        yield np.array(record(name)["last_return"]) if name.endswith(".json") else at(name)
+
+
+def versus(names):
+    """Pairs of seeds in which the first is above the second, and the exact p."""
+    one, other = two(names)
+    return [np.greater.outer(one, other).sum(), mannwhitneyu(one, other, method="exact").pvalue]
+
+
+def by_seed(names):
+    """The least and the most by which a seed of the first ends above the same of the second."""
+    one, other = two(names)
+    return [(one - other).min(), (one - other).max()]
+
+
 def drop(file):
     """By seed of a trial, the most that an evaluation is below an earlier one."""
     returns = np.array([*record(file)["return_by_step"].values()])
@@ -195,6 +213,8 @@ KINDS = {
     "at_starts": at_starts,
     "dips": dips,
     "drop": drop,
+    "versus": versus,
+    "by_seed": by_seed,
     "trial": lambda file: spread(record(file)["last_return"]),
 }
 
@@ -328,9 +348,11 @@ def of_trial(row):
     found = {"seeds": [min(trial["seeds"]), max(trial["seeds"])], "by seed": trial["last_return"]}
     found |= {"last return": spread(trial["last_return"])}
     found |= {"explosions": [sum(trial["iterations_with_kl_above_1"])]}
-    rows = [r for r in trial.get("refinements", ()) if r["return_before"] > 700]
+    if "refinements" not in trial:
+        return found
+    rows = [r for r in trial["refinements"] if r["return_before"] > 700]
     broken = sum(r["return_after"] < 0.9 * r["return_before"] for r in rows)
-    return found | {"above 700": [broken, len(rows)] if row["above 700"] else ()}
+    return found | {"above 700": [broken, len(rows)]}
 
 
 def of_settings(row):
@@ -358,6 +380,8 @@ def test_no_row_is_gone():
     assert {x: sum(len(tables(page)[x]) for page in PAGES) for x in COUNTS} == COUNTS
     named = [run for row in tables(PAGES[2])[LOGS] for run in folders(row["folder"])]
     assert sorted(named) == sorted(f.parent for f in (RESULTS / "earlier").rglob("args.json"))
+    trials = [folders(row["log"])[0] for row in tables(PAGES[1])[TRIALS]]
+    assert sorted(trials) == sorted((RESULTS / "trials").rglob("*.json"))
     rows = tables("README.md")[RETURNS]
     assert rows
     for task in {row["task"] for row in rows}:
