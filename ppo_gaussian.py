@@ -99,8 +99,8 @@ class Args:
         return self
 
 
-CPU_PRESET = {"env_id": "CheetahRun", "total_timesteps": 1_200_000, "eval_every": 200_000}
-CPU_PRESET |= {"num_envs": 128, "batch_size": 32, "num_minibatches": 16, "update_epochs": 8}
+CPU_PRESET = dict(env_id="CheetahRun", total_timesteps=1_200_000, eval_every=200_000, num_envs=128)
+CPU_PRESET |= dict(batch_size=32, num_minibatches=16, update_epochs=8)
 
 
 # --- shared: checks, environment, layers ---
@@ -148,7 +148,8 @@ def make_env(args: Args) -> Any:
         if args.impl == "warp":  # a contact buffer serves all worlds, and Playground's is for 2048
             config.naconmax *= -(-max(args.num_envs, args.eval_envs) * args.num_seeds // 2048)
         env = registry.load(args.env_id, config=config)
-        env.reset, env.step = jax.jit(env.reset), jax.jit(env.step)  # each is traced only once
+        env.reset = jax.jit(jax.default_matmul_precision("highest")(env.reset))  # traced once, and
+        env.step = jax.jit(jax.default_matmul_precision("highest")(env.step))  # exact on GPUs, too
         assert isinstance(env.observation_size, int), "its observation is not one flat array"
     except Exception as error:
         tasks = ", ".join(registry.ALL_ENVS)
@@ -157,15 +158,14 @@ def make_env(args: Args) -> Any:
 
 
 def reset_envs(env: Any, num_envs: int, key: Array) -> Envs:
-    with jax.default_matmul_precision("highest"):  # physics; GPUs multiply in less by default
-        state = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+    state = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+    state = jax.tree.map(lambda x: x.astype(x.dtype), state)  # drops weak types, as a step does
     return Envs(state=state, first=state, steps=jnp.zeros(num_envs, jnp.int32))
 
 
 def step_envs(args: Args, env: Any, envs: Envs, u: Array) -> tuple:
     """Applies tanh(u); next environments, and reward, terminated, truncated, broken, (N,) each."""
-    with jax.default_matmul_precision("highest"):
-        state = jax.vmap(env.step)(envs.state, jnp.tanh(u))
+    state = jax.vmap(env.step)(envs.state, jnp.tanh(u))
     steps = envs.steps + 1
     # Physics that breaks, NaN or beyond 1e6, is truncated; what that step returned is dropped.
     broken = ~jnp.isfinite(state.reward) | ~(jnp.abs(state.obs) < 1e6).all(axis=-1)
@@ -507,8 +507,6 @@ def load_policy(run_dir: str | Path, step: int | None = None, seed: int | None =
 def over_seeds(args: Args, f: Callable, in_axes: tuple, **options: Any) -> Callable:
     """Compiles f for all seeds, on as many local devices as can share them evenly."""
     num_devices = max(n for n in range(1, jax.local_device_count() + 1) if args.num_seeds % n == 0)
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:num_devices]), ("seeds",))
-    specs = tuple(P() if axis is None else P("seeds") for axis in in_axes)
     many_seeds = jax.vmap(f, in_axes)
 
     @wraps(many_seeds)
@@ -518,7 +516,10 @@ def over_seeds(args: Args, f: Callable, in_axes: tuple, **options: Any) -> Calla
         return jax.tree.map(lambda x: x[None], f(*xs))
 
     mapped = one_seed if args.num_seeds == num_devices else many_seeds
-    mapped = jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=P("seeds"), check_vma=False)
+    if num_devices > 1:
+        mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:num_devices]), ("K",))
+        specs = tuple(P() if axis is None else P("K") for axis in in_axes)
+        mapped = jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=P("K"), check_vma=False)
     return jax.jit(mapped, **options)
 
 

@@ -162,9 +162,10 @@ def examples(script: Any, args: Any, env: Any) -> dict[str, tuple]:
     keys = jax.ShapeDtypeStruct((args.num_seeds, 2), "uint32")
     init = partial(script.init_state, args, env, **({"stage": 0} if gorl else {}))
     state = jax.eval_shape(jax.vmap(init), keys)
+    deterministic = jax.ShapeDtypeStruct((args.eval_envs, 1), "bool") if gorl else True
     found = {
         "iteration": (script.iteration, (state, 0.2) if gorl else (state,), (0, None)[: 1 + gorl]),
-        "evaluate": (script.evaluate, (state.agent, keys, True), (0, 0, None)),
+        "evaluate": (script.evaluate, (state.agent, keys, deterministic), (0, 0, None)),
     }
     if gorl:
         learner = (state.agent.decoder, state.agent, state.recent, keys, 0)

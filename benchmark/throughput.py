@@ -165,7 +165,9 @@ class Run:
         if samples == 0:
             return
         fresh = self.init(*first)  # an iteration takes its state's memory
-        given = (fresh.agent, self.keys, True)
+        # Of GoRL's evaluations some are half deterministic: it has a value for each episode.
+        deterministic = np.ones((args.eval_envs, 1), bool) if self.gorl else True
+        given = (fresh.agent, self.keys, deterministic)
         evaluate = self.compile("evaluate", *given)
         self.calls["evaluate"] = lambda: evaluate(*given)
         self.fresh = fresh
