@@ -69,7 +69,7 @@ class Bench:
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    print(f"throughput.py: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from toy import PointMass
 
-from benchmark import throughput
+from benchmark import scaling, throughput
 
 ROOT, TESTS = throughput.ROOT, Path(__file__).parent
 SIZES = (
@@ -271,3 +271,75 @@ if __name__ == "__main__":
         with Path(os.environ["TOY_CACHES"]).open("a") as file:
             file.write(f"{len(cached)} ")
     throughput.main()
+
+
+@pytest.mark.parametrize(("name", "one"), [("gorl_fm_ppo", "num_envs"), ("fpo", "num_seeds")])
+def test_scaling_measures_what_it_says(name, one, make_args, monkeypatch):
+    """Otherwise a point of the figure is of another number of environments or seeds."""
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "make_env", lambda args: PointMass())
+    calls = {"rollout": [], "iteration": []}
+    for function in calls:
+        original = getattr(script, function)
+
+        def noted(args, *rest, function=function, original=original):
+            calls[function].append((args.num_envs, args.num_seeds))
+            return original(args, *rest)
+
+        noted.__name__ = function
+        monkeypatch.setattr(script, function, noted)
+    args = make_args(script, num_envs=4, num_seeds=1)
+    bench = scaling.Bench(**{one: (2,)}, script=name, one=one, repeats=1)
+    row = scaling.measure(bench, script, args)
+    assert row["number"] == 2 and row["sps"] > 0 and row["peak_host_memory_gb"] > 0
+    want = (2, 1) if one == "num_envs" else (4, 2)
+    assert set(calls["rollout"]) == {want} and bool(calls["iteration"]) == (one == "num_seeds")
+
+
+def test_scaling_asks_for_the_same_steps_and_draws(tmp_path, monkeypatch):
+    """Otherwise rollouts of other lengths are compared, or the figure lacks a point."""
+    commands = []
+
+    def run_process(what, command):
+        commands.append(command)
+        number = int(command[command.index("--") - 1])
+        row = {"number": number, "sps": 10.0 * number, "peak_host_memory_gb": 1.0}
+        return 1.0, f"noise\n{json.dumps(row)}\n", ""
+
+    monkeypatch.setattr(throughput, "run_process", run_process)
+    out = tmp_path / "scaling.json"
+    argv = ["--num-envs", "8", "16", "--num-seeds", "1", "3", "--out", out]
+    monkeypatch.setattr(sys, "argv", list(map(str, ["scaling.py", *argv, "--", "--preset", "cpu"])))
+    scaling.main()
+    result = json.loads(out.read_text())
+    assert [row["number"] for row in result["num_envs"]] == [8, 16]
+    assert [row["number"] for row in result["num_seeds"]] == [1, 3]
+    for command, number in zip(commands[:2], ("8", "16"), strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["x.py", *command[command.index("--") + 1 :]])
+            args = importlib.import_module("gorl_fm_ppo").parse_args()
+        assert (args.num_envs, args.steps_per_iteration) == (int(number), 16 * 30)
+    assert all("--batch-size" not in command for command in commands[2:])
+    argv = ["scaling.py", "--draw", str(out), "--figure", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    scaling.main()
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flag", "argv"),
+    [
+        ("--script", "--script no_such_script"),
+        ("--num-envs", "--num-envs 64 100"),
+        ("--num-seeds", "--num-seeds 0"),
+        ("--draw", "--draw results/README.md --figure there"),
+        ("--draw", "--draw results/README.md"),
+    ],
+)
+def test_scaling_says_what_is_wrong(flag, argv, monkeypatch, capsys):
+    """Otherwise a mistake is found after minutes of compilation, or ends in a traceback."""
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *argv.split()])
+    with pytest.raises(SystemExit) as stop:
+        scaling.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and flag in error and error.count("\n") == 1
