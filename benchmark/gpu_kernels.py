@@ -289,6 +289,7 @@ def main() -> None:
         "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None,
         "versions": {name: version(name) for name in ("jax", "jaxlib", "mujoco-mjx", "playground")},
         "env_id": args.env_id,
+        "num_envs": args.num_envs,
         "num_seeds": args.num_seeds,
         "open_passes": bench.open_passes,
     }

@@ -2,7 +2,8 @@ r"""How cost grows with environments and with seeds: steps/s, and the memory of 
 
     python benchmark/scaling.py --out results/throughput/scaling.json --figure results/figures \
         -- --preset cpu
-    python benchmark/scaling.py --draw results/throughput/scaling.json --figure results/figures
+    python benchmark/scaling.py --draw results/throughput/scaling.json --figure results/figures \
+        --kernels results/throughput/gpu_kernels_scaling_*.json
 
 After `--` come the script's arguments. With more environments, rollouts of one seed are timed, all
 of as many steps as 30 of the most environments are; with more seeds, whole iterations. Each number
@@ -45,6 +46,7 @@ class Bench:
     out: str | None = None  # a file for the JSON, which is printed otherwise
     figure: str | None = None  # a folder for scaling.png and scaling.pdf
     draw: str | None = None  # a JSON of before to draw, and nothing is timed
+    kernels: tuple[str, ...] = ()  # JSONs of gpu_kernels.py to draw below, of other such numbers
     one: str | None = None  # num_envs or num_seeds, of one number: how the benchmark calls itself
 
 
@@ -91,25 +93,40 @@ def timings(bench: Bench, rest: list[str]) -> dict[str, Any]:
     return result
 
 
-def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Steps/s above memory, against environments on the left and seeds on the right."""
+def control_step(sheet: dict[str, Any]) -> int:
+    """Kernels of a control step, in a sheet of gpu_kernels.py."""
+    return sheet["programs"]["iteration"]["kernels_of_one"]["control step"]
+
+
+def draw(result: dict[str, Any], folder: Path, kernels: list[dict[str, Any]]) -> list[Path]:
+    """Steps/s, memory and, if there are any, kernels, against environments and against seeds."""
     from plotting import style
 
-    figure, axes = style.plt.subplots(2, 2, figsize=(style.WIDTH, 3.2), sharex="col")
+    rows = 3 if kernels else 2
+    figure, axes = style.plt.subplots(rows, 2, figsize=(style.WIDTH, 1.6 * rows), sharex="col")
     columns = {"num_envs": "environments (rollouts of one seed)", "num_seeds": "seeds (iterations)"}
-    for (name, label), (speed, memory) in zip(columns.items(), axes.T, strict=True):
+    most = max((sheet["num_seeds"], sheet["num_envs"]) for sheet in kernels) if kernels else (0, 0)
+    fixed = {"num_envs": ("num_seeds", 1), "num_seeds": ("num_envs", most[1])}
+    for (name, label), (speed, memory, *third) in zip(columns.items(), axes.T, strict=True):
         numbers = [row["number"] for row in result[name]]
         look = {"marker": "o", "markersize": 3, "color": "#0072B2"}
         speed.plot(numbers, [row["sps"] / 1000 for row in result[name]], **look)
         memory.plot(numbers, [row["peak_host_memory_gb"] for row in result[name]], **look)
-        memory.set_xlabel(label)
-        memory.set_xscale("log", base=2)
-        memory.set_xticks(numbers, [str(number) for number in numbers])
-        for panel in (speed, memory):
-            panel.set_ylim(bottom=0)
+        for panel in third:
+            other, value = fixed[name]
+            sheets = [sheet for sheet in kernels if sheet[other] == value]
+            points = sorted((sheet[name], control_step(sheet)) for sheet in sheets)
+            panel.plot(*zip(*points, strict=True), **look)
+        for panel in (speed, memory, *third):
+            panel.set_ylim(0, 1.1 * panel.dataLim.y1)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(numbers, [str(number) for number in numbers])
+        axes[-1, list(columns).index(name)].set_xlabel(label)
+    if kernels:
+        axes[2, 0].set_ylabel("H100: kernels of a step")
     axes[0, 0].set_ylabel("1000 steps/s")
     axes[1, 0].set_ylabel("memory at most (GB)")
-    text = f"{result['script']} on {result['env_id']}, {result['device']}. {result['command']}"
+    text = f"{result['script']} on {result['env_id']}, {result['device']}, steps of all seeds."
     style.finish(figure, list(axes.flat), text)
     return style.save(figure, folder, "scaling")
 
@@ -136,9 +153,10 @@ def main() -> None:
     if bench.draw:
         try:
             result = json.loads(Path(bench.draw).read_text())
+            kernels = [json.loads(Path(file).read_text()) for file in bench.kernels]
         except (OSError, ValueError) as error:
-            throughput.fail(f"--draw: got {bench.draw}; takes a file of this benchmark ({error})")
-        print(*draw(result, Path(bench.figure)), sep="\n")
+            throughput.fail(f"--draw or --kernels: takes files of these benchmarks ({error})")
+        print(*draw(result, Path(bench.figure), kernels), sep="\n")
         return
     script, args = throughput.load(bench.script, rest)
     if bench.one:
@@ -162,7 +180,7 @@ def main() -> None:
     else:
         Path(bench.out).write_text(text)
     if bench.figure:
-        draw(result, Path(bench.figure))
+        draw(result, Path(bench.figure), [])
 
 
 if __name__ == "__main__":
