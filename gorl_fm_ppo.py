@@ -119,6 +119,7 @@ class Args:
         check_common(args, (*counts, "decoder_steps"), weights)
         allowed = f"stages (see --total-timesteps) of {args.steps_per_iteration} steps or more each"
         require(min(np.diff([0, *args.stage_ends])) > 0, args, "stage_timesteps", allowed)
+        require(args.eval_envs > 1, args, "eval_envs", "2 or more: refinements have two modes")
         valid = args.decoder_batch_size <= args.decoder_pairs // 2  # one minibatch is held out
         require(valid, args, "decoder_batch_size", f"at most half of {args.decoder_pairs} pairs")
         valid = args.decoder_data == "recorded" or args.advantage_temperature == 0
@@ -176,12 +177,11 @@ def make_env(args: Args) -> Any:
         if args.impl == "warp":  # a contact buffer serves all worlds, and Playground's is for 2048
             config.naconmax *= -(-max(args.num_envs, args.eval_envs) * args.num_seeds // 2048)
         env = registry.load(args.env_id, config=config)
-        env.reset = jax.jit(jax.default_matmul_precision("highest")(env.reset))  # traced once, and
-        env.step = jax.jit(jax.default_matmul_precision("highest")(env.step))  # exact on GPUs, too
+        env.reset = jax.jit(jax.default_matmul_precision("highest")(env.reset))  # traced only once
+        env.step = jax.jit(jax.default_matmul_precision("highest")(env.step))  # GPUs would round
         assert isinstance(env.observation_size, int), "its observation is not one flat array"
     except Exception as error:
-        tasks = ", ".join(registry.ALL_ENVS)
-        require(False, args, "env_id", f"one that can be built ({error}), of {tasks}")
+        require(False, args, "env_id", f"one of {', '.join(registry.ALL_ENVS)}; error: {error}")
     return env
 
 
@@ -731,7 +731,7 @@ def train(args: Args, env: Any, run_dir: Path) -> None:
                 raise SystemExit(128 + signal.SIGTERM)
 
         row = {"pairs": args.decoder_pairs, "reward_mean": np.asarray(state.recent.reward.mean(1))}
-        before = np.array_split(returns(share=0.5), 2, axis=1)
+        before = np.array_split(returns(share=0.5), 2, axis=1)  # deterministic, stochastic
         # The encoder restarts as exactly N(0, I) (section 3.2); critic and statistics carry on.
         agent = next_state.agent._replace(critic=state.agent.critic, stats=state.agent.stats)
         stats = jax.tree.map(jnp.copy, agent.stats)  # `iterate` takes no buffer twice

@@ -148,12 +148,11 @@ def make_env(args: Args) -> Any:
         if args.impl == "warp":  # a contact buffer serves all worlds, and Playground's is for 2048
             config.naconmax *= -(-max(args.num_envs, args.eval_envs) * args.num_seeds // 2048)
         env = registry.load(args.env_id, config=config)
-        env.reset = jax.jit(jax.default_matmul_precision("highest")(env.reset))  # traced once, and
-        env.step = jax.jit(jax.default_matmul_precision("highest")(env.step))  # exact on GPUs, too
+        env.reset = jax.jit(jax.default_matmul_precision("highest")(env.reset))  # traced only once
+        env.step = jax.jit(jax.default_matmul_precision("highest")(env.step))  # GPUs would round
         assert isinstance(env.observation_size, int), "its observation is not one flat array"
     except Exception as error:
-        tasks = ", ".join(registry.ALL_ENVS)
-        require(False, args, "env_id", f"one that can be built ({error}), of {tasks}")
+        require(False, args, "env_id", f"one of {', '.join(registry.ALL_ENVS)}; error: {error}")
     return env
 
 

@@ -58,6 +58,7 @@ BAD = [  # the argument that the message names, and the command line
     ("env-id", "--env-id ReacherEasy"),  # which MuJoCo 3.17 cannot build
 ]
 BAD_GORL = [
+    ("eval-envs", "--eval-envs 1"),
     ("stage-timesteps", "--total-timesteps 400000"),
     ("stage-timesteps", "--stage-timesteps 60000000 1000"),
     ("total-timesteps", "--stage-timesteps 60000000 60000000 --total-timesteps 70000000"),
