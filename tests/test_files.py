@@ -240,6 +240,27 @@ def test_columns_of_a_refinement(gorl, runs):
     assert all(row["return_before"] != row["deterministic_before"] for row in rows)
 
 
+@pytest.mark.parametrize("gorl", GORL, ids=name_of)
+def test_modes_of_a_refinement(gorl, make_args, point_mass, tmp_path, monkeypatch):
+    """Otherwise a column of refine.csv holds the other mode's episodes, or those after it."""
+
+    def evaluate(args, env, agent, key, deterministic):
+        restarted = (agent.encoder.params["params"]["MLP_0"]["last"]["kernel"] == 0).all()
+        return jnp.where(deterministic[:, 0], 1.0, 2.0) * jnp.where(restarted, 10.0, 1.0)
+
+    monkeypatch.setattr(gorl, "evaluate", evaluate)
+    (tmp_path / "checkpoints").mkdir()
+    gorl.train(make_args(gorl, eval_envs=5, decoder_epochs=1), point_mass, tmp_path)
+    modes = ("return_before", "return_after", "deterministic_before", "deterministic_after")
+    rows = table(tmp_path, "refine")
+    assert len(rows) == 3
+    assert all([float(row[mode]) for mode in modes] == [2, 20, 1, 10] for row in rows)
+    # The first evaluation is of an encoder that is as new; all episodes are deterministic.
+    rows = table(tmp_path, "eval")
+    returns = [(float(row["return_min"]), float(row["return_max"])) for row in rows]
+    assert returns[0] == (10, 10) and set(returns[1:]) == {(1, 1)}
+
+
 def test_arguments_of_a_run(script, runs):
     """Otherwise tools cannot tell what was run, and with which packages."""
     run_dir, _ = runs(script)
